@@ -1,0 +1,51 @@
+"""fluxfire makes any diffusers FLUX pipeline fast, says what it did, and takes it back.
+
+    fluxfire.optimize_pipeline(pipe, cache_threshold=0.12, compile=True)
+    image = pipe(prompt="a lighthouse at dusk").images[0]
+    print(fluxfire.report(pipe))
+    fluxfire.restore_pipeline(pipe)
+"""
+
+from fluxfire.cache import CacheCall, CacheStats, apply_cache, cache_stats, check_cache, set_cache_threshold
+from fluxfire.compile import CompileStats, apply_compile, check_compile
+from fluxfire.errors import (
+    ArgumentError,
+    CopyError,
+    FluxfireError,
+    NotFluxError,
+    NotOptimizedError,
+    StepError,
+    UndoError,
+)
+from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
+from fluxfire.plan import Plan, Report, Skip, Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "CacheCall",
+    "CacheStats",
+    "CompileStats",
+    "CopyError",
+    "FluxfireError",
+    "NotFluxError",
+    "NotOptimizedError",
+    "Plan",
+    "Report",
+    "Skip",
+    "Step",
+    "StepError",
+    "UndoError",
+    "__version__",
+    "apply_cache",
+    "apply_compile",
+    "cache_stats",
+    "check_cache",
+    "check_compile",
+    "optimize_pipeline",
+    "plan_pipeline",
+    "report",
+    "restore_pipeline",
+    "set_cache_threshold",
+]

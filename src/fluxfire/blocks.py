@@ -1,0 +1,120 @@
+"""What fluxfire knows of each FLUX family: its denoiser, the denoiser's blocks in order, what they take and return.
+
+Everything that depends on a family's tensors stands here; `run.py` and `cache.py` speak of streams and tokens only.
+
+Shapes: B samples, T text tokens, L image tokens (noise tokens first, then those of a reference picture), D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from fluxfire.errors import NotFluxError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One denoiser class of diffusers and how to read its calls."""
+
+    name: str
+    denoiser_class: str
+    block_lists: tuple[str, ...]  # attributes of the denoiser, in the order in which they run
+    conditioning: tuple[str, ...]  # arguments of a denoiser call that tell one guidance branch from another
+    per_sample: tuple[str, ...]  # arguments of a block, besides its two streams, that hold a row for each sample
+
+    def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
+        """All blocks of the denoiser, in the order in which they run."""
+        return [block for name in self.block_lists for block in getattr(denoiser, name)]
+
+    def conditioning_tensors(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors of one denoiser call that stay the same objects over the steps of a guidance branch."""
+        tensors = [inputs[name] for name in self.conditioning if inputs.get(name) is not None]
+        extra = (inputs.get("joint_attention_kwargs") or {}).get("ip_adapter_image_embeds")
+        return tensors + list(_tensors(extra))
+
+    def rows(self, arguments: Mapping[str, Any], rows: torch.Tensor, batch: int) -> dict[str, Any]:
+        """The arguments of a block for some samples only: `rows` of everything that holds one for each of `batch`."""
+        return {
+            name: _rows(value, rows, batch) if name in self.per_sample else value for name, value in arguments.items()
+        }
+
+    def noise_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """How many of the first image tokens are noise; the rest belong to reference pictures. One device transfer.
+
+        The first position id is 0 for noise tokens and counts up for reference pictures (Kontext).
+        """
+        ids = inputs["img_ids"]  # (L, 3), or the deprecated (B, L, 3)
+        noise = ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0
+        count, leading = torch.stack([noise.sum(), noise.long().cumprod(0).sum()]).tolist()
+        # Anything but noise first, references after is unknown to us: then all tokens count.
+        return int(count) if 0 < count == leading else int(ids.shape[-2])
+
+
+FAMILIES: Final = (
+    Family(
+        name="FLUX.1",
+        denoiser_class="FluxTransformer2DModel",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        conditioning=("encoder_hidden_states", "pooled_projections"),
+        per_sample=("temb", "joint_attention_kwargs"),
+    ),
+)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The pipeline's denoiser.
+
+    Raises:
+        NotFluxError: `pipe` has none of a FLUX family that fluxfire knows.
+    """
+    family_of(pipe)
+    return pipe.transformer
+
+
+def family_of(pipe: Any) -> Family:
+    """The FLUX family of the pipeline's denoiser.
+
+    Raises:
+        NotFluxError: `pipe` has no denoiser of a FLUX family that fluxfire knows.
+    """
+    denoiser = getattr(pipe, "transformer", None)
+    names = {cls.__name__ for cls in type(denoiser).__mro__}
+    for family in FAMILIES:
+        if family.denoiser_class in names:
+            return family
+    known = ", ".join(family.denoiser_class for family in FAMILIES)
+    found = f"whose transformer is a {type(denoiser).__name__}" if denoiser is not None else "without a transformer"
+    raise NotFluxError(
+        f"found a {type(pipe).__name__} {found}; needed a diffusers pipeline whose transformer is one of {known}, "
+        'such as diffusers.FluxKontextPipeline.from_pretrained("black-forest-labs/FLUX.1-Kontext-dev")'
+    )
+
+
+def wrapped_by(block: torch.nn.Module) -> str | None:
+    """What already stands between a caller and the block's own forward, or None."""
+    if block._compiled_call_impl is not None:
+        return "torch's module.compile() or diffusers' compile_repeated_blocks()"
+    if "forward" in vars(block):
+        return f"{type(vars(block)['forward']).__module__} (a hook or an offload)"
+    return None
+
+
+def _rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.shape[:1] == (batch,) else value
+    if isinstance(value, dict):
+        return {name: _rows(item, rows, batch) for name, item in value.items()}
+    return type(value)(_rows(item, rows, batch) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []

@@ -1,0 +1,209 @@
+"""torch.compile, block by block ("regional compilation"): one graph serves all blocks of a kind.
+
+Compiling the denoiser whole takes minutes, since its 57 blocks are traced one after the other; compiled by block, the two
+kinds of FLUX.1 blocks are traced once each and give the same kernels (PyTorch's recipe,
+https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). It also leaves the space between the blocks free,
+which is where the first-block cache decides.
+
+What keeps it at one graph for each kind of block and for batch 1 and batch >= 2, over all picture sizes:
+- `dynamic=True`, and sizes that happen to be equal in the first call (text and image tokens) are not taken for one
+  (`use_duck_shape=False`).
+- A block compiled on a view sees its base and its strides, and the next block's input is not such a view: another graph.
+  So every block gets plain contiguous tensors (a new tensor over the same storage where only the view must go), and None
+  for an empty dict.
+- Graphs belong to the class's code and are limited to 8 a process, for all pipelines together; the limit is raised while
+  one of ours runs.
+
+`fullgraph=True`: a graph break is an error, not a slowdown. Inductor's options are given to each compilation and torch's
+settings are changed only while an optimized denoiser runs: nothing global stays. Lossless up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from fluxfire.blocks import denoiser_of, family_of, wrapped_by
+from fluxfire.errors import ArgumentError
+from fluxfire.patches import applying
+from fluxfire.plan import Step
+
+MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# Compiled graphs that all pipelines of a process may have for one kind of block. torch's own limit is 8, and with
+# `fullgraph=True` the ninth raises: two data types at batch 1 and 2 are four already.
+GRAPH_LIMIT: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CompileStats:
+    """Graphs compiled for this pipeline, graph breaks in them (fullgraph: 0), and the seconds spent compiling."""
+
+    graphs: int
+    graph_breaks: int
+    seconds: float
+
+
+class CompiledBlocks:
+    """Counts what one pipeline's denoiser compiles, and sets torch up for it while it runs."""
+
+    def __init__(self, mode: str) -> None:
+        self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
+        self._graphs = self._graph_breaks = 0
+        self._seconds = 0.0
+
+    def stats(self) -> CompileStats:
+        """A snapshot of the counts."""
+        return CompileStats(self._graphs, self._graph_breaks, self._seconds)
+
+    def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls on with torch set up for our graphs."""
+        from torch._dynamo.utils import counters
+
+        if self._cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        start = time.perf_counter()
+        with _torch_settings():
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                compiled = counters["stats"]["unique_graphs"] - graphs
+                if compiled > 0:
+                    self._graphs += compiled
+                    self._graph_breaks += sum(counters["graph_break"].values()) - breaks
+                    self._seconds += time.perf_counter() - start
+
+
+@contextmanager
+def _torch_settings() -> Iterator[None]:
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as symbolic
+
+    limits = {"recompile_limit": GRAPH_LIMIT, "accumulated_recompile_limit": 4 * GRAPH_LIMIT}
+    with dynamo.patch(limits), symbolic.patch(use_duck_shape=False):
+        yield
+
+
+def check_compile(
+    pipe: Any,
+    *,
+    mode: str = "default",
+    backend: str = "inductor",
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool = True,
+) -> str | None:
+    """Why `apply_compile` with these arguments would refuse this pipeline, or None.
+
+    Raises:
+        ArgumentError: an argument that no pipeline could take.
+        NotFluxError: `pipe` is no FLUX pipeline.
+    """
+    if mode not in MODES:
+        raise ArgumentError(f"mode: found {mode!r}, needed one of torch's {', '.join(map(repr, MODES))}")
+    if not isinstance(dynamic, bool):
+        raise ArgumentError(f"dynamic: found {dynamic!r}, needed True (any size) or False (a graph for each size)")
+    if backend != "inductor" and (mode != "default" or options):
+        raise ArgumentError(f'mode and options are inductor\'s: found backend {backend!r}, needed backend="inductor"')
+    if unknown := set(options or ()) - set(torch._inductor.list_options()):
+        raise ArgumentError(f"options: inductor knows no {', '.join(sorted(unknown))}; see torch._inductor.list_options()")
+    denoiser = denoiser_of(pipe)
+    for block in (denoiser, *family_of(pipe).blocks(denoiser)):
+        owner = wrapped_by(block)
+        if owner and (block is not denoiser or block._compiled_call_impl is not None):
+            return f"found {type(block).__name__} wrapped by {owner}; needed the block's own forward: take that off first"
+    return _missing_compiler(denoiser) if backend == "inductor" else None
+
+
+def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
+    device = next(denoiser.parameters()).device.type
+    if device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "found no C++ compiler, needed one to compile for a CPU: install g++ (apt-get install g++) or clang"
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "found no working Triton, needed one to compile for this GPU (compute capability 7.0): pip install triton"
+    return None
+
+
+def apply_compile(
+    pipe: Any,
+    *,
+    mode: str = "default",
+    backend: str = "inductor",
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool = True,
+) -> Any:
+    """Compiles the denoiser's blocks, each kind once. Lossless.
+
+    Compilation happens in the first denoiser call, and once more in the first call of a batch of 2 or more.
+
+    Args:
+        pipe: a FLUX pipeline, changed in place.
+        mode: one of torch's modes; "max-autotune-no-cudagraphs" searches longer for faster kernels.
+        backend: a backend of torch.compile by name; "eager" traces and runs without compiling, for tests.
+        options: settings of inductor on top of the mode's, for this pipeline only, such as flux-fast's
+            (https://github.com/huggingface/flux-fast) `{"conv_1x1_as_mm": True, "epilogue_fusion": False,
+            "coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True, "shape_padding": True}`.
+        dynamic: True: the graphs serve all picture sizes; False: each size compiles its own.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        ArgumentError, NotFluxError, StepError: nothing was changed.
+    """
+    reason = check_compile(pipe, mode=mode, backend=backend, options=options, dynamic=dynamic)
+    knobs = (("mode", mode), ("backend", backend), ("dynamic", dynamic), ("options", tuple((options or {}).items())))
+    with applying(pipe, Step("compile", "lossless", knobs), reason) as handle:
+        denoiser = denoiser_of(pipe)
+        graphs = CompiledBlocks(mode)
+        for block in family_of(pipe).blocks(denoiser):
+            # torch refuses `mode` together with `options`, and consumes the dict.
+            expanded = torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
+            settings = {"options": expanded} if backend == "inductor" else {}
+            compiled = torch.compile(block.forward, fullgraph=True, dynamic=dynamic, backend=backend, **settings)
+            handle.patch.wrap(block, "forward", _on_plain_inputs(compiled))
+        handle.patch.wrap(denoiser, "forward", graphs.around_denoiser)
+        handle.states["compile"] = graphs
+    return pipe
+
+
+def _on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls `compiled` in the place of the block's forward, with inputs of one form."""
+
+    def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return compiled(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+    return call
+
+
+def _plain(value: Any) -> Any:
+    """The same values as a contiguous tensor that is no view; None for an empty dict. Looks into tuples."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict) and not value:
+        return None
+    if not isinstance(value, torch.Tensor) or value.requires_grad:
+        return value
+    canonical = torch.empty(value.shape, device="meta").stride()
+    if not value._is_view() and value.stride() == canonical:
+        return value
+    if not value.is_contiguous():
+        return value.contiguous()
+    # Contiguous but a view, or of odd strides in dimensions of size 1: the storage without the relation to its base.
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(
+        value.untyped_storage(), value.storage_offset(), value.shape, canonical
+    )

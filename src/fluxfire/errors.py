@@ -1,0 +1,38 @@
+"""What fluxfire raises. Every message says what was found, what is needed, and what to type.
+
+    FluxfireError
+    ├── NotFluxError      (TypeError)     the object is not a FLUX pipeline with a denoiser
+    ├── ArgumentError     (ValueError)    an argument that no pipeline could take
+    ├── StepError         (RuntimeError)  this step cannot be applied to this pipeline now; nothing was changed
+    ├── UndoError         (RuntimeError)  somebody else holds what we would put back; nothing was changed
+    ├── NotOptimizedError (RuntimeError)  asked about a pipeline, or a step, that fluxfire has not touched
+    └── CopyError         (TypeError)     a patched module was copied or pickled
+"""
+
+
+class FluxfireError(Exception):
+    """The root: catch this to catch everything that fluxfire raises itself."""
+
+
+class NotFluxError(FluxfireError, TypeError):
+    """The object is not a FLUX pipeline with a denoiser."""
+
+
+class ArgumentError(FluxfireError, ValueError):
+    """An argument that no pipeline could take: a threshold below 0, an unknown mode."""
+
+
+class StepError(FluxfireError, RuntimeError):
+    """A step cannot be applied to this pipeline now. Nothing was changed."""
+
+
+class UndoError(FluxfireError, RuntimeError):
+    """Somebody else's wrapper holds what we would put back. Nothing was changed."""
+
+
+class NotOptimizedError(FluxfireError, RuntimeError):
+    """Asked about a pipeline, or a step of it, that fluxfire has not touched."""
+
+
+class CopyError(FluxfireError, TypeError):
+    """A patched module was copied or pickled: the copy would run the original's weights."""

@@ -1,0 +1,137 @@
+"""The one call: make a plan, apply its steps in order, show what was done, take it all back.
+
+Each step stands in its own file and can be applied by hand; here they are only chosen and put in order. Which steps go
+together is data in `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fluxfire.blocks import family_of
+from fluxfire.cache import apply_cache, check_cache
+from fluxfire.compile import apply_compile, check_compile
+from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
+from fluxfire.patches import handle_of, mark, unmark
+from fluxfire.plan import ORDER, Plan, Report, Skip, Step, refusal
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    check: Callable[..., str | None]
+    apply: Callable[..., Any]
+    kind: str
+
+
+RECIPES: Final = {
+    "compile": _Recipe(check_compile, apply_compile, "lossless"),
+    "cache": _Recipe(check_cache, apply_cache, "approximate"),
+}
+
+
+def plan_pipeline(
+    pipe: Any, *, cache_threshold: float | None = 0.12, compile: bool | str = True, strict: bool = False
+) -> Plan:
+    """What `optimize_pipeline` with the same arguments would do. Nothing is touched.
+
+    Args:
+        pipe: a FLUX pipeline.
+        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
+        compile: True, False, or a mode of torch by name (`apply_compile`).
+        strict: raise for the first step that would be left out.
+
+    Raises:
+        ArgumentError: an argument that no pipeline could take.
+        NotFluxError: `pipe` is no FLUX pipeline.
+        StepError: with `strict`, the reason of the first skip.
+    """
+    if not isinstance(compile, bool | str):
+        raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
+    family_of(pipe)
+    wanted: dict[str, dict[str, Any]] = {}
+    if compile:
+        wanted["compile"] = {"mode": compile if isinstance(compile, str) else "default"}
+    if cache_threshold is not None:
+        wanted["cache"] = {"threshold": cache_threshold}
+    steps: list[Step] = []
+    skips: list[Skip] = []
+    for name in (name for name in ORDER if name in wanted):
+        step = Step(name, RECIPES[name].kind, tuple(wanted[name].items()))
+        reason = RECIPES[name].check(pipe, **wanted[name]) or refusal(step, tuple(steps))
+        if reason and strict:
+            raise StepError(f"{name}: {reason}")
+        if reason:
+            skips.append(Skip(name, reason))
+        else:
+            steps.append(step)
+    return Plan(tuple(steps), tuple(skips))
+
+
+def optimize_pipeline(
+    pipe: Any, *, cache_threshold: float | None = 0.12, compile: bool | str = True, strict: bool = False
+) -> Any:
+    """Makes a FLUX pipeline fast, in place. Approximate.
+
+    The cache is the one approximate step that is on by default; `cache_threshold=None` leaves only lossless ones.
+
+    Args:
+        pipe: a FLUX pipeline, on the device and in the data type in which it will run.
+        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
+        compile: True, False, or a mode of torch by name (`apply_compile`).
+        strict: raise for the first step that cannot be applied, instead of leaving it out and reporting why.
+
+    Returns:
+        The same pipe. `report(pipe)` tells what was done, `restore_pipeline(pipe)` takes it back.
+
+    Raises:
+        ArgumentError, NotFluxError, StepError: nothing was changed.
+    """
+    plan = plan_pipeline(pipe, cache_threshold=cache_threshold, compile=compile, strict=strict)
+    if handle := handle_of(pipe):
+        applied = ", ".join(step.name for step in handle.steps) or "nothing"
+        raise StepError(
+            f"this pipeline is optimized already ({applied}): call fluxfire.restore_pipeline(pipe) first, "
+            "or fluxfire.set_cache_threshold(pipe, threshold) to change the threshold alone"
+        )
+    handle = mark(pipe)
+    handle.skips = plan.skips
+    try:
+        for step in plan.steps:
+            RECIPES[step.name].apply(pipe, **dict(step.settings))
+    except BaseException:
+        restore_pipeline(pipe)
+        raise
+    return pipe
+
+
+def restore_pipeline(pipe: Any) -> Any:
+    """Takes all steps back: the pipe as it was before, to the last attribute.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        NotOptimizedError: fluxfire has not touched this pipeline.
+        UndoError: somebody else's wrapper cannot be kept. Nothing was changed.
+    """
+    handle = handle_of(pipe)
+    if handle is None:
+        raise NotOptimizedError("found no step of fluxfire on this pipeline: there is nothing to restore")
+    handle.patch.undo()
+    unmark(handle)
+    return pipe
+
+
+def report(pipe: Any) -> Report:
+    """What was applied, what was left out and why, and what it did so far; a table in a notebook.
+
+    Raises:
+        NotOptimizedError: fluxfire has not touched this pipeline.
+    """
+    handle = handle_of(pipe)
+    if handle is None:
+        raise NotOptimizedError("found no step of fluxfire on this pipeline: call fluxfire.optimize_pipeline(pipe) first")
+    stats = {name: state.stats() for name, state in handle.states.items()}
+    return Report(family_of(pipe).name, tuple(handle.steps), handle.skips, stats.get("cache"), stats.get("compile"))

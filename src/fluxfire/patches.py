@@ -1,0 +1,152 @@
+"""The one door for change: attributes of instances, each with its reverse.
+
+A `Patch` holds the changes of one step. `set` puts an attribute on an instance, never on a class; `wrap` puts a `Wrapper`
+around a bound method. `undo` takes everything back, last change first, and leaves no attribute behind that was not there
+before. Others may have wrapped our wrapper meanwhile (accelerate's and diffusers' hooks, a user): then ours is taken out
+of their chain, and where we do not know the chain an `UndoError` names the owner before anything is touched. A blind
+put-back would throw their wrapper away.
+
+`applying` is what every `apply_<step>` is made of: it refuses with the step's reason, and a step that fails half-way
+leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn
+
+from fluxfire.blocks import denoiser_of
+from fluxfire.errors import CopyError, StepError, UndoError
+from fluxfire.plan import Handle, Step, refusal
+
+MARK: Final = "_fluxfire"
+_MISSING: Final = object()
+
+
+class Wrapper:
+    """A callable in the place of a bound method: calls `around(wrapped, *args, **kwargs)`.
+
+    It keeps the signature of what it wraps, since diffusers inspects it. It refuses to be copied or pickled: a copied
+    module would carry this wrapper, and so run the original's weights.
+    """
+
+    def __init__(self, wrapped: Callable[..., Any], around: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, wrapped)
+        self.wrapped = wrapped
+        self.around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.wrapped, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise CopyError(
+            "a module that fluxfire has patched cannot be copied or pickled: the copy would run the original's weights. "
+            "Call fluxfire.restore_pipeline(pipe), copy, then optimize both"
+        )
+
+
+class Patch:
+    """The changes made to one pipeline, and the way back."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[Any, str, Any, Any]] = []  # (object, attribute, ours, what was in its __dict__)
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def set(self, obj: Any, name: str, value: Any) -> None:
+        """Puts `value` at `obj.name`, on the instance."""
+        before = vars(obj).get(name, _MISSING)
+        setattr(obj, name, value)
+        self._changes.append((obj, name, value, before))
+
+    def wrap(self, obj: Any, name: str, around: Callable[..., Any]) -> None:
+        """Wraps the bound method `obj.name`: calls become `around(method, *args, **kwargs)`."""
+        self.set(obj, name, Wrapper(getattr(obj, name), around))
+
+    def undo(self, start: int = 0) -> None:
+        """Takes back all changes after the first `start`, the last one first.
+
+        Raises:
+            UndoError: somebody wrapped an attribute in a way that we cannot step out of. Nothing was changed.
+        """
+        on_top = {(id(obj), name): (obj, name, ours) for obj, name, ours, _ in self._changes[start:]}
+        blockers = [
+            f"{type(obj).__name__}.{name} was replaced by {_owner(vars(obj).get(name))}"
+            for obj, name, ours in on_top.values()
+            if vars(obj).get(name, _MISSING) is not ours and _link(obj, ours) is None
+        ]
+        if blockers:
+            raise UndoError("; ".join(blockers) + ": take that off first, then call fluxfire.restore_pipeline(pipe)")
+        while len(self._changes) > start:
+            obj, name, ours, before = self._changes.pop()
+            if vars(obj).get(name, _MISSING) is not ours:
+                link = _link(obj, ours)
+                assert link is not None
+                setattr(*link, ours.wrapped)
+            elif before is _MISSING:
+                delattr(obj, name)
+            else:
+                setattr(obj, name, before)
+
+
+def _link(obj: Any, ours: Any) -> tuple[Any, str] | None:
+    """Where another library's wrapper of `obj.forward` keeps `ours` as what it calls next: (holder, attribute)."""
+    if vars(obj).get("_old_forward") is ours:  # accelerate.hooks.add_hook_to_module
+        return obj, "_old_forward"
+    registry = vars(obj).get("_diffusers_hook")  # diffusers.hooks.HookRegistry
+    for reference in getattr(registry, "_fn_refs", ()):
+        for attribute in ("original_forward", "forward"):
+            if getattr(reference, attribute) is ours:
+                return reference, attribute
+    return None
+
+
+def _owner(value: Any) -> str:
+    """The function behind `value`, by its code: `update_wrapper` gives wrappers the name of what they wrap."""
+    code = getattr(getattr(value, "func", value), "__code__", None)
+    return f"{code.co_qualname} ({code.co_filename})" if code else repr(value)
+
+
+def handle_of(pipe: Any) -> Handle | None:
+    """The mark on `pipe`, or on its denoiser: `from_pipe` makes a second pipeline around the same denoiser."""
+    handle: Handle | None = vars(pipe).get(MARK) or vars(denoiser_of(pipe)).get(MARK)
+    return handle
+
+
+@contextmanager
+def applying(pipe: Any, step: Step, reason: str | None) -> Iterator[Handle]:
+    """Applies one step: changes go through the handle's `patch`, and none stay if the body raises.
+
+    Raises:
+        StepError: `reason`, or the step's place among the steps applied so far, refuses it. Nothing was changed.
+    """
+    reason = reason or refusal(step, tuple(handle.steps) if (handle := handle_of(pipe)) else ())
+    if reason:
+        raise StepError(f"{step.name}: {reason}")
+    handle = handle or mark(pipe)
+    start = len(handle.patch)
+    try:
+        yield handle
+    except BaseException:
+        handle.patch.undo(start)
+        if not handle.steps:
+            unmark(handle)
+        raise
+    handle.steps.append(step)
+
+
+def mark(pipe: Any) -> Handle:
+    """Puts a new `Handle` on the pipeline and on its denoiser."""
+    handle = Handle(pipe, denoiser_of(pipe), Patch())
+    for owner in (handle.pipe, handle.denoiser):
+        setattr(owner, MARK, handle)
+    return handle
+
+
+def unmark(handle: Handle) -> None:
+    """Takes the mark off again."""
+    for owner in (handle.pipe, handle.denoiser):
+        vars(owner).pop(MARK, None)

@@ -1,0 +1,137 @@
+"""What one denoiser call is: which run it belongs to, which denoising step, which guidance branch.
+
+A block sees only projected tensors, so the reading is done once a call, from the inputs of the denoiser's `forward`:
+
+- A *run* is one call of the pipeline. It begins when the scheduler holds a new `timesteps` object, since
+  `set_timesteps` always makes one; the scheduler is not patched, and a run that raised leaves nothing to the next.
+- A *step* is one value of `scheduler.step_index`, an int on the host: no synchronization, and right for img2img (which
+  starts in the middle), for repeated bf16 timesteps, for interrupted runs.
+- A *guidance branch* is the ordinal of the call within its step: two calls a step with true CFG. The branch must show
+  the same conditioning tensors in every step (same objects, not written to); if not, it starts anew.
+
+What a step keeps of a branch (`new_state()`) starts empty at each of these boundaries, and when the sizes change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import torch
+
+from fluxfire.blocks import Family
+
+MAX_BRANCHES: Final = 4  # more calls a step than any guidance makes: somebody calls the denoiser outside of a run
+
+State = TypeVar("State")
+
+
+@dataclass(slots=True)
+class Call(Generic[State]):
+    """One denoiser call."""
+
+    run: int
+    step: int  # denoising steps of this run before this one
+    branch: int
+    noise_tokens: int
+    state: State | None  # what is kept for this branch; None for a call that is no part of a run
+
+
+@dataclass(slots=True)
+class _Branch(Generic[State]):
+    conditioning: list[tuple[weakref.ref[torch.Tensor], int]]
+    layout: tuple[object, ...]
+    state: State
+
+
+class RunReader(Generic[State]):
+    """Follows the calls of one denoiser.
+
+    Args:
+        scheduler: gives the pipeline's scheduler at call time, since it may be replaced.
+        forward: the denoiser's own forward, for its signature.
+        family: how to read its inputs.
+        new_state: makes an empty state for a branch.
+    """
+
+    def __init__(
+        self,
+        scheduler: Callable[[], Any],
+        forward: Callable[..., Any],
+        family: Family,
+        new_state: Callable[[], State],
+    ) -> None:
+        self._scheduler = scheduler
+        self._signature = inspect.signature(forward)
+        self._family = family
+        self._new_state = new_state
+        self._timesteps: object = None
+        self._run = -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the present run; the next call begins a new one."""
+        self._run += 1
+        self._branches: dict[int, _Branch[State]] = {}
+        self._step_key: object = self  # equal to no step index
+        self._step = -1
+        self._ordinal = 0
+        self._noise: tuple[weakref.ref[torch.Tensor], int] | None = None
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[State]:
+        """Places the denoiser call with these arguments."""
+        inputs = self._signature.bind(*args, **kwargs).arguments
+        scheduler = self._scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not self._timesteps:
+            self.reset()
+            self._timesteps = timesteps
+        key = self._key(scheduler, inputs)
+        if key != self._step_key:
+            self._step_key, self._step, self._ordinal = key, self._step + 1, 0
+        branch, self._ordinal = self._ordinal, self._ordinal + 1
+        if branch >= MAX_BRANCHES:
+            return Call(self._run, self._step, branch, 0, None)
+        return Call(self._run, self._step, branch, self._noise_tokens(inputs), self._open(branch, inputs))
+
+    def drop(self, branch: int) -> None:
+        """Forgets what is kept for a branch: its call raised half-way."""
+        self._branches.pop(branch, None)
+
+    def _key(self, scheduler: Any, inputs: Mapping[str, Any]) -> object:
+        """What is the same for all calls of one step, and differs between neighbouring steps."""
+        if hasattr(scheduler, "step_index"):
+            return scheduler.step_index
+        return inputs["timestep"].flatten()[0].item()  # one more device transfer a call
+
+    def _open(self, branch: int, inputs: Mapping[str, Any]) -> State:
+        """The state of this branch: an empty one if anything tells that the last call was of another kind."""
+        x = inputs["hidden_states"]
+        layout = (x.shape, x.dtype, x.device, inputs["encoder_hidden_states"].shape)
+        tensors = self._family.conditioning_tensors(inputs)
+        known = self._branches.get(branch)
+        if known is None or known.layout != layout or not _same(known.conditioning, tensors):
+            conditioning = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+            known = self._branches[branch] = _Branch(conditioning, layout, self._new_state())
+        return known.state
+
+    def _noise_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Counted once for each ids tensor, since the count costs a device transfer."""
+        ids = inputs["img_ids"]
+        if self._noise is None or self._noise[0]() is not ids:
+            self._noise = weakref.ref(ids), self._family.noise_tokens(inputs)
+        return self._noise[1]
+
+
+def _same(known: list[tuple[weakref.ref[torch.Tensor], int]], tensors: list[torch.Tensor]) -> bool:
+    return len(known) == len(tensors) and all(
+        ref() is tensor and version == _version(tensor) for (ref, version), tensor in zip(known, tensors, strict=True)
+    )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to; tensors made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

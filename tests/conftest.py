@@ -1,0 +1,96 @@
+"""Tiny pipelines of the real classes, with random weights: seconds on a CPU, and nothing of diffusers is mocked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
+from diffusers import FluxTransformer2DModel
+
+TEXT_TOKENS, CHANNELS, POOLED = 7, 32, 16
+
+
+def make_pipe(cls: type = FluxPipeline, *, blocks: tuple[int, int] = (2, 2), seed: int = 0) -> Any:
+    """A pipeline of `cls` with `blocks` (double, single) random blocks; prompts are given as embeddings."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=blocks[0],
+        num_single_layers=blocks[1],
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=CHANNELS,
+        pooled_projection_dim=POOLED,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+    )
+    pipe = cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(batch: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Prompt embeddings for a call."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "prompt_embeds": torch.randn(batch, TEXT_TOKENS, CHANNELS, generator=generator),
+        "pooled_prompt_embeds": torch.randn(batch, POOLED, generator=generator),
+    }
+
+
+def run(pipe: Any, *, batch: int = 1, size: tuple[int, int] = (32, 48), steps: int = 6, seed: int = 2, **more: Any) -> Any:
+    """Latents of one call, (B, L, C)."""
+    if isinstance(pipe, FluxKontextPipeline):
+        more = {"max_area": size[0] * size[1], "_auto_resize": False} | more
+    arguments = {"height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**(embeds(batch) | arguments | {"generator": generator} | more)).images
+
+
+@pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])
+def flux_class(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.fixture
+def reference() -> torch.Tensor:
+    """A reference picture for Kontext: (1, 3, H, W) in [0, 1]."""
+    return torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def calls() -> Iterator[Callable[..., Any]]:
+    """`calls(module)` counts how often a module's forward was entered, without touching its attributes."""
+    handles: list[Any] = []
+
+    def count(module: torch.nn.Module) -> list[int]:
+        seen = [0]
+        handles.append(module.register_forward_pre_hook(lambda *_: seen.__setitem__(0, seen[0] + 1)))
+        return seen
+
+    yield count
+    for handle in handles:
+        handle.remove()
