@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
-from diffusers import FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other on a busy machine
 
 TEXT_TOKENS, CHANNELS, POOLED = 7, 32, 16
 
@@ -61,10 +68,17 @@ def embeds(batch: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-def run(pipe: Any, *, batch: int = 1, size: tuple[int, int] = (32, 48), steps: int = 6, seed: int = 2, **more: Any) -> Any:
-    """Latents of one call, (B, L, C)."""
+def picture(batch: int = 1) -> torch.Tensor:
+    """A reference picture for Kontext: (B, 3, H, W) in [0, 1]."""
+    return torch.rand(batch, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+
+
+def run(
+    pipe: Any, *, batch: int = 1, size: tuple[int, int] = (32, 48), steps: int = 6, seed: int = 2, **more: Any
+) -> Any:
+    """Latents of one call, (B, N, C); Kontext gets a reference picture."""
     if isinstance(pipe, FluxKontextPipeline):
-        more = {"max_area": size[0] * size[1], "_auto_resize": False} | more
+        more = {"image": picture(), "max_area": size[0] * size[1], "_auto_resize": False} | more
     arguments = {"height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "latent"}
     generator = torch.Generator().manual_seed(seed)
     return pipe(**(embeds(batch) | arguments | {"generator": generator} | more)).images
@@ -76,9 +90,8 @@ def flux_class(request: pytest.FixtureRequest) -> type:
 
 
 @pytest.fixture
-def reference() -> torch.Tensor:
-    """A reference picture for Kontext: (1, 3, H, W) in [0, 1]."""
-    return torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+def pipe(flux_class: type) -> Any:
+    return make_pipe(flux_class)
 
 
 @pytest.fixture

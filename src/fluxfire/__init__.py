@@ -1,9 +1,9 @@
 """fluxfire makes any diffusers FLUX pipeline fast, says what it did, and takes it back.
 
-    fluxfire.optimize_pipeline(pipe, cache_threshold=0.12, compile=True)
-    image = pipe(prompt="a lighthouse at dusk").images[0]
-    print(fluxfire.report(pipe))
-    fluxfire.restore_pipeline(pipe)
+fluxfire.optimize_pipeline(pipe, cache_threshold=0.12, compile=True)
+image = pipe(prompt="a lighthouse at dusk").images[0]
+print(fluxfire.report(pipe))
+fluxfire.restore_pipeline(pipe)
 """
 
 from fluxfire.cache import CacheCall, CacheStats, apply_cache, cache_stats, check_cache, set_cache_threshold

@@ -195,7 +195,9 @@ class FirstBlockCache:
             kept.first, kept.size = first, _sum_abs(first)
             return
         assert kept.first is not None and kept.size is not None
-        missed = present.missed = torch.tensor([i for i, hit in enumerate(present.hits) if not hit], device=first.device)
+        missed = present.missed = torch.tensor(
+            [i for i, hit in enumerate(present.hits) if not hit], device=first.device
+        )
         kept.first = kept.first.index_copy(0, missed, first[missed])
         kept.size = kept.size.index_copy(0, missed, _sum_abs(first[missed]))
 
@@ -225,7 +227,9 @@ def check_cache(
     if not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ArgumentError(f"warmup_steps: found {warmup_steps!r}, needed a number of steps, 0 or more")
     if max_consecutive_hits is not None and (not isinstance(max_consecutive_hits, int) or max_consecutive_hits < 1):
-        raise ArgumentError(f"max_consecutive_hits: found {max_consecutive_hits!r}, needed 1 or more, or None for no limit")
+        raise ArgumentError(
+            f"max_consecutive_hits: found {max_consecutive_hits!r}, needed 1 or more, or None for no limit"
+        )
     if batch not in ("sample", "any"):
         raise ArgumentError(f'batch: found {batch!r}, needed "sample" (each decides) or "any" (one miss computes all)')
     denoiser = denoiser_of(pipe)
@@ -267,7 +271,9 @@ def apply_cache(
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
     knobs = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
-    reason = check_cache(pipe, threshold, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits, batch=batch)
+    reason = check_cache(
+        pipe, threshold, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits, batch=batch
+    )
     step = Step("cache", "approximate", (("threshold", threshold), *knobs.items()))
     with applying(pipe, step, reason) as handle:
         denoiser = denoiser_of(pipe)

@@ -111,12 +111,16 @@ def check_compile(
     if backend != "inductor" and (mode != "default" or options):
         raise ArgumentError(f'mode and options are inductor\'s: found backend {backend!r}, needed backend="inductor"')
     if unknown := set(options or ()) - set(torch._inductor.list_options()):
-        raise ArgumentError(f"options: inductor knows no {', '.join(sorted(unknown))}; see torch._inductor.list_options()")
+        raise ArgumentError(
+            f"options: inductor knows no {', '.join(sorted(unknown))}; see torch._inductor.list_options()"
+        )
     denoiser = denoiser_of(pipe)
     for block in (denoiser, *family_of(pipe).blocks(denoiser)):
         owner = wrapped_by(block)
         if owner and (block is not denoiser or block._compiled_call_impl is not None):
-            return f"found {type(block).__name__} wrapped by {owner}; needed the block's own forward: take that off first"
+            return (
+                f"found {type(block).__name__} wrapped by {owner}; needed the block's own forward: take that off first"
+            )
     return _missing_compiler(denoiser) if backend == "inductor" else None
 
 

@@ -1,12 +1,12 @@
 """What fluxfire raises. Every message says what was found, what is needed, and what to type.
 
-    FluxfireError
-    ├── NotFluxError      (TypeError)     the object is not a FLUX pipeline with a denoiser
-    ├── ArgumentError     (ValueError)    an argument that no pipeline could take
-    ├── StepError         (RuntimeError)  this step cannot be applied to this pipeline now; nothing was changed
-    ├── UndoError         (RuntimeError)  somebody else holds what we would put back; nothing was changed
-    ├── NotOptimizedError (RuntimeError)  asked about a pipeline, or a step, that fluxfire has not touched
-    └── CopyError         (TypeError)     a patched module was copied or pickled
+FluxfireError
+├── NotFluxError      (TypeError)     the object is not a FLUX pipeline with a denoiser
+├── ArgumentError     (ValueError)    an argument that no pipeline could take
+├── StepError         (RuntimeError)  this step cannot be applied to this pipeline now; nothing was changed
+├── UndoError         (RuntimeError)  somebody else holds what we would put back; nothing was changed
+├── NotOptimizedError (RuntimeError)  asked about a pipeline, or a step, that fluxfire has not touched
+└── CopyError         (TypeError)     a patched module was copied or pickled
 """
 
 

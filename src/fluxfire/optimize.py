@@ -132,6 +132,8 @@ def report(pipe: Any) -> Report:
     """
     handle = handle_of(pipe)
     if handle is None:
-        raise NotOptimizedError("found no step of fluxfire on this pipeline: call fluxfire.optimize_pipeline(pipe) first")
+        raise NotOptimizedError(
+            "found no step of fluxfire on this pipeline: call fluxfire.optimize_pipeline(pipe) first"
+        )
     stats = {name: state.stats() for name, state in handle.states.items()}
     return Report(family_of(pipe).name, tuple(handle.steps), handle.skips, stats.get("cache"), stats.get("compile"))

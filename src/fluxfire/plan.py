@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 # Steps are applied in this order.
 ORDER: Final = (
-    "compile",  # first: it compiles the blocks' own forward, so that no graph holds a later step's decision
+    "memory_format",  # first: what is compiled later is compiled for this layout
+    "fused_qkv",  # before compilation: the graphs hold the fused projection
+    "compile",  # the blocks' own forward, so that no graph holds a later step's decision
     "cache",  # over the compiled blocks: its decision depends on data and stays outside the graphs
+    "vae_tiling",
+    "offload",  # last: its hooks stand around everything
 )
 
 
@@ -90,7 +94,9 @@ class Handle:
     patch: Patch
     steps: list[Step] = field(default_factory=list)
     skips: tuple[Skip, ...] = ()
-    states: dict[str, Any] = field(default_factory=dict)  # step name -> its state: the cache, the compiled graphs' count
+    states: dict[str, Any] = field(
+        default_factory=dict
+    )  # step name -> its state: the cache, the compiled graphs' count
 
 
 # Families whose quality against the threshold was measured; others say so in the report's first line.
@@ -112,7 +118,9 @@ class Report:
         approximate = [step.name for step in self.steps if step.kind == "approximate"]
         rows = [("pictures", "as the pipe's own, up to rounding")]
         if approximate:
-            unmeasured = "" if self.family in MEASURED else f"; unmeasured here for {self.family}: compare on your prompts"
+            unmeasured = (
+                "" if self.family in MEASURED else f"; unmeasured here for {self.family}: compare on your prompts"
+            )
             rows = [("pictures", f"approximate, because of {', '.join(approximate)}{unmeasured}")]
         rows += [(step.name, str(step)) for step in self.steps]
         rows += [(skip.name, f"left out: {skip.reason}") for skip in self.skips]

@@ -1,0 +1,187 @@
+"""Compilation by block: one graph a kind of block, no breaks, nothing global, exact within rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import embeds, make_pipe, run
+from diffusers import FluxKontextPipeline, FluxPipeline
+
+import fluxfire
+
+SIZES = ((32, 48), (48, 48), (64, 32), (28, 36))
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(pipe: Any) -> fluxfire.CompileStats:
+    stats = fluxfire.report(pipe).compile
+    assert stats is not None
+    return stats
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["alone", "with the cache"])
+def test_two_graphs_serve_all_sizes_and_two_more_all_batches(flux_class: type, cached: bool) -> None:
+    pipe = make_pipe(flux_class, blocks=(3, 4))
+    fluxfire.apply_compile(pipe, backend="eager")
+    if cached:
+        fluxfire.apply_cache(pipe, 0.3)
+    for size in SIZES:
+        run(pipe, size=size, steps=4)
+    assert compiled(pipe).graphs == 2
+    for batch in (2, 3):
+        for size in SIZES[:2]:
+            run(pipe, size=size, steps=4, batch=batch)
+    assert compiled(pipe).graphs == 4
+    assert compiled(pipe).graph_breaks == 0
+
+
+def test_compile_then_cache_has_no_graph_break(pipe: Any) -> None:
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    fluxfire.optimize_pipeline(pipe, cache_threshold=math.inf)
+    fluxfire.restore_pipeline(pipe)
+    fluxfire.apply_compile(pipe, backend="eager")
+    fluxfire.apply_cache(pipe, math.inf, max_consecutive_hits=1)
+    run(pipe)
+    assert not counters["graph_break"]
+    assert [hits for (hits,) in (call.hits for call in fluxfire.cache_stats(pipe).last_run)] == [False, True] * 3
+    assert compiled(pipe).graphs == 2
+
+
+def test_a_threshold_changed_between_runs_compiles_nothing(pipe: Any) -> None:
+    fluxfire.apply_compile(pipe, backend="eager")
+    fluxfire.apply_cache(pipe, 0.3)
+    run(pipe)
+    for threshold in (0, 0.1, math.inf):
+        fluxfire.set_cache_threshold(pipe, threshold)
+        run(pipe)
+    assert compiled(pipe).graphs == 2
+
+
+def test_four_differing_pipelines_in_one_process() -> None:
+    """torch's own limit is 8 graphs for one class; the ninth raises."""
+    for number, (cls, dtype) in enumerate(
+        (c, d) for c in (FluxPipeline, FluxKontextPipeline) for d in (torch.float32, torch.float64)
+    ):
+        pipe = make_pipe(cls, blocks=(2 + number, 2), seed=number)
+        pipe.transformer.to(dtype)
+        pipe.vae.to(dtype)
+        fluxfire.apply_compile(pipe, backend="eager")
+        for batch in (1, 2, 3):
+            prompt = {name: tensor.to(dtype) for name, tensor in embeds(batch).items()}
+            run(pipe, batch=batch, steps=2, **prompt)
+        assert compiled(pipe).graph_breaks == 0
+
+
+def test_more_graphs_than_torchs_limit_are_served() -> None:
+    pipe = make_pipe(FluxPipeline, blocks=(1, 1))
+    fluxfire.apply_compile(pipe, backend="eager", dynamic=False)
+    sizes = [(32, width) for width in range(32, 32 + 12 * 4, 4)]
+    for size in sizes:
+        run(pipe, size=size, steps=1)
+    assert compiled(pipe).graphs == 2 * len(sizes)
+
+
+def test_inductor_is_exact_within_rounding(flux_class: type) -> None:
+    pipe = make_pipe(flux_class)
+    baseline = run(pipe)
+    fluxfire.apply_compile(pipe)
+    out = run(pipe)
+    assert compiled(pipe).graphs == 2
+    assert (out - baseline).norm() / baseline.norm() <= 1e-5
+    fluxfire.apply_cache(pipe, 0)
+    assert torch.equal(run(pipe), out)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
+def test_nothing_of_torchs_configuration_stays(pipe: Any) -> None:
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+    import torch.fx.experimental._config as symbolic
+
+    def snapshot() -> list[dict[str, Any]]:
+        return [module.get_config_copy() for module in (dynamo, inductor, symbolic)]
+
+    before = snapshot()
+    fluxfire.apply_compile(
+        pipe, mode="max-autotune-no-cudagraphs", options={"conv_1x1_as_mm": True, "shape_padding": True}
+    )
+    fluxfire.restore_pipeline(pipe)
+    fluxfire.apply_compile(pipe, backend="eager")
+    run(pipe, steps=1)
+    assert snapshot() == before
+
+
+def test_mode_and_options_reach_inductor(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    real = torch.compile
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(dict(kwargs["options"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    options = {"conv_1x1_as_mm": True, "coordinate_descent_tuning": False}
+    fluxfire.apply_compile(pipe, mode="max-autotune-no-cudagraphs", options=options)
+    assert asked == [{"max_autotune": True, "coordinate_descent_tuning": False, "conv_1x1_as_mm": True}] * 4
+    assert options == {"conv_1x1_as_mm": True, "coordinate_descent_tuning": False}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mode": "fastest"},
+        {"options": {"no_such_option": 1}},
+        {"backend": "eager", "mode": "max-autotune"},
+        {"dynamic": None},
+    ],
+)
+def test_bad_arguments_are_refused_and_change_nothing(pipe: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(fluxfire.ArgumentError):
+        fluxfire.apply_compile(pipe, **arguments)
+    with pytest.raises(fluxfire.NotOptimizedError):
+        fluxfire.report(pipe)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graph_modes_and_the_cache_are_a_conflict(pipe: Any, mode: str) -> None:
+    plan = fluxfire.plan_pipeline(pipe, compile=mode)
+    assert [step.name for step in plan.steps] == ["compile"]
+    assert "max-autotune-no-cudagraphs" in plan.skips[0].reason
+
+
+def test_compile_after_the_cache_is_refused_with_the_order(pipe: Any) -> None:
+    fluxfire.apply_cache(pipe)
+    with pytest.raises(fluxfire.StepError, match="apply_compile, apply_cache"):
+        fluxfire.apply_compile(pipe, backend="eager")
+
+
+def test_blocks_compiled_by_others_are_refused(pipe: Any) -> None:
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    plan = fluxfire.plan_pipeline(pipe)
+    assert [skip.name for skip in plan.skips] == ["compile", "cache"]
+    assert all("compile_repeated_blocks" in skip.reason for skip in plan.skips)
+
+
+def test_no_compiler_is_a_skip_with_what_to_install(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    fluxfire.optimize_pipeline(pipe)
+    report = fluxfire.report(pipe)
+    assert [step.name for step in report.steps] == ["cache"]
+    assert "install g++" in report.skips[0].reason
+    with pytest.raises(fluxfire.StepError, match="install g\\+\\+"):
+        fluxfire.plan_pipeline(make_pipe(), strict=True)

@@ -1,0 +1,218 @@
+"""Plan, apply, report, restore: nothing half-applied, nothing left behind, errors that say what to type."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pipe, run
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
+
+import fluxfire
+
+
+def attributes(pipe: Any) -> dict[tuple[str, str], int]:
+    """Every instance attribute of the pipe, its scheduler and all modules, by identity."""
+    owners: dict[str, Any] = {"pipe": pipe, "scheduler": pipe.scheduler}
+    for part in ("transformer", "vae"):
+        owners |= {f"{part}.{name}": module for name, module in getattr(pipe, part).named_modules()}
+    return {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
+
+
+def test_undo_restores_every_attribute(pipe: Any) -> None:
+    baseline = run(pipe)
+    before = attributes(pipe)
+    tensors = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    fluxfire.apply_compile(pipe, backend="eager")
+    fluxfire.apply_cache(pipe, math.inf)
+    assert not torch.equal(run(pipe), baseline)
+    fluxfire.restore_pipeline(pipe)
+    after = attributes(pipe)
+    assert after.keys() == before.keys()
+    # A run sets attributes of the pipe and the scheduler itself; on every module they are the very same objects.
+    assert [key for key in before if before[key] != after[key] and key[0] not in ("pipe", "scheduler")] == []
+    assert all(torch.equal(value, tensors[name]) for name, value in pipe.transformer.state_dict().items())
+    assert torch.equal(run(pipe), baseline)
+
+
+def test_a_plan_touches_nothing(pipe: Any) -> None:
+    before = attributes(pipe)
+    plan = fluxfire.plan_pipeline(pipe)
+    assert [step.name for step in plan.steps] == ["compile", "cache"]
+    assert attributes(pipe) == before
+    with pytest.raises(AttributeError):
+        plan.steps = ()  # type: ignore[misc]
+
+
+def test_optimize_returns_the_same_pipe_and_does_what_the_plan_says(pipe: Any) -> None:
+    plan = fluxfire.plan_pipeline(pipe, cache_threshold=0.2)
+    assert fluxfire.optimize_pipeline(pipe, cache_threshold=0.2) is pipe
+    report = fluxfire.report(pipe)
+    assert [step.name for step in report.steps] == [step.name for step in plan.steps]
+    assert report.cache is not None and report.cache.threshold == 0.2
+
+
+def test_dials_leave_steps_out(pipe: Any) -> None:
+    assert fluxfire.plan_pipeline(pipe, cache_threshold=None, compile=False).steps == ()
+    assert [step.name for step in fluxfire.plan_pipeline(pipe, cache_threshold=None).steps] == ["compile"]
+    assert [step.name for step in fluxfire.plan_pipeline(pipe, compile=False).steps] == ["cache"]
+    (compile_step,) = fluxfire.plan_pipeline(pipe, cache_threshold=None, compile="max-autotune-no-cudagraphs").steps
+    assert dict(compile_step.settings)["mode"] == "max-autotune-no-cudagraphs"
+
+
+@pytest.mark.parametrize("arguments", [{"cache_threshold": -1}, {"compile": "fast"}, {"compile": 3}])
+def test_bad_arguments_change_nothing(pipe: Any, arguments: dict[str, Any]) -> None:
+    before = attributes(pipe)
+    with pytest.raises(fluxfire.ArgumentError, match="found"):
+        fluxfire.optimize_pipeline(pipe, **arguments)
+    assert attributes(pipe) == before
+
+
+@pytest.mark.parametrize("thing", [None, 3, "pipe", torch.nn.Linear(2, 2)])
+def test_what_is_no_flux_pipeline_is_refused_by_name(thing: Any) -> None:
+    with pytest.raises(fluxfire.NotFluxError, match=type(thing).__name__):
+        fluxfire.optimize_pipeline(thing)
+    with pytest.raises(TypeError):
+        fluxfire.apply_cache(thing)
+
+
+def test_a_second_optimize_is_refused(pipe: Any) -> None:
+    fluxfire.optimize_pipeline(pipe, compile=False)
+    with pytest.raises(fluxfire.StepError, match="optimized already"):
+        fluxfire.optimize_pipeline(pipe)
+
+
+def test_a_step_that_fails_leaves_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = attributes(pipe)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fluxfire.cache._by_name", fail)
+    with pytest.raises(MemoryError):
+        fluxfire.apply_cache(pipe)
+    assert attributes(pipe) == before
+    with pytest.raises(MemoryError):
+        fluxfire.optimize_pipeline(pipe)
+    assert attributes(pipe) == before
+
+
+def test_restore_without_optimize_says_so(pipe: Any) -> None:
+    for ask in (fluxfire.restore_pipeline, fluxfire.report, fluxfire.cache_stats):
+        with pytest.raises(fluxfire.NotOptimizedError, match="found no"):
+            ask(pipe)
+
+
+def test_the_mark_is_shared_by_from_pipe() -> None:
+    pipe = make_pipe(FluxPipeline)
+    fluxfire.apply_cache(pipe)
+    other = FluxImg2ImgPipeline.from_pipe(pipe)
+    with pytest.raises(fluxfire.StepError, match="applied already"):
+        fluxfire.apply_cache(other)
+    fluxfire.restore_pipeline(other)
+    with pytest.raises(fluxfire.NotOptimizedError):
+        fluxfire.report(pipe)
+
+
+def test_a_copy_of_a_patched_module_is_refused_with_the_way_out(pipe: Any) -> None:
+    fluxfire.apply_cache(pipe)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(fluxfire.CopyError, match="restore_pipeline"):
+            duplicate(pipe.transformer)
+    fluxfire.restore_pipeline(pipe)
+    copy.deepcopy(pipe.transformer)
+
+
+def test_restore_under_a_hook_of_accelerate(pipe: Any) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    baseline, hook = run(pipe), Counting()
+    fluxfire.optimize_pipeline(pipe, compile=False)
+    add_hook_to_module(pipe.transformer, hook)
+    run(pipe)
+    assert hook.calls == 6
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+    assert hook.calls == 12
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(run(pipe), baseline)
+
+
+def test_restore_under_a_hook_of_diffusers(pipe: Any) -> None:
+    baseline = run(pipe)
+    fluxfire.optimize_pipeline(pipe, compile=False)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
+def test_a_foreign_wrapper_is_named_and_kept(pipe: Any) -> None:
+    fluxfire.apply_cache(pipe)
+    ours = pipe.transformer.forward
+
+    def somebodys_wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    pipe.transformer.forward = somebodys_wrapper
+    before = attributes(pipe)
+    with pytest.raises(fluxfire.UndoError, match="somebodys_wrapper"):
+        fluxfire.restore_pipeline(pipe)
+    assert attributes(pipe) == before
+    pipe.transformer.forward = ours
+    fluxfire.restore_pipeline(pipe)
+
+
+def test_save_pretrained_writes_the_same_weights(pipe: Any, tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    pipe.transformer.save_pretrained(tmp_path / "before")
+    fluxfire.optimize_pipeline(pipe)
+    pipe.transformer.save_pretrained(tmp_path / "after")
+    before, after = (load_file(p) for p in sorted(tmp_path.glob("*/*.safetensors"), reverse=True))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_report_says_first_whether_pictures_differ(pipe: Any) -> None:
+    fluxfire.optimize_pipeline(pipe, compile=False)
+    run(pipe)
+    report = fluxfire.report(pipe)
+    assert str(report).splitlines()[0].startswith("pictures  approximate, because of cache")
+    assert "unmeasured here for FLUX.1" in str(report)
+    assert "6 denoiser calls" in str(report)
+    assert report._repr_html_().count("<tr>") == len(report.rows())
+    fluxfire.restore_pipeline(pipe)
+    fluxfire.optimize_pipeline(pipe, cache_threshold=None)
+    assert "up to rounding" in str(fluxfire.report(pipe)).splitlines()[0]
+
+
+def test_import_asks_no_gpu_and_loads_no_pipeline() -> None:
+    code = (
+        "import sys, torch, fluxfire\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not any(name.startswith('diffusers') for name in sys.modules), 'diffusers was imported'\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_pinned() -> None:
+    assert fluxfire.__all__ == sorted(fluxfire.__all__)
+    assert set(fluxfire.__all__) == {
+        *("ArgumentError", "CopyError", "FluxfireError", "NotFluxError", "NotOptimizedError", "StepError", "UndoError"),
+        *("CacheCall", "CacheStats", "CompileStats", "Plan", "Report", "Skip", "Step", "__version__"),
+        *("apply_cache", "apply_compile", "cache_stats", "check_cache", "check_compile", "set_cache_threshold"),
+        *("optimize_pipeline", "plan_pipeline", "report", "restore_pipeline"),
+    }
