@@ -98,9 +98,10 @@ def test_a_step_that_fails_leaves_nothing(pipe: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(MemoryError):
         fluxfire.apply_cache(pipe)
     assert attributes(pipe) == before
-    with pytest.raises(MemoryError):
-        fluxfire.optimize_pipeline(pipe)
-    assert attributes(pipe) == before
+    for compile in (True, False):
+        with pytest.raises(MemoryError):
+            fluxfire.optimize_pipeline(pipe, compile=compile)
+        assert attributes(pipe) == before
 
 
 def test_restore_without_optimize_says_so(pipe: Any) -> None:
@@ -173,6 +174,20 @@ def test_a_foreign_wrapper_is_named_and_kept(pipe: Any) -> None:
     assert attributes(pipe) == before
     pipe.transformer.forward = ours
     fluxfire.restore_pipeline(pipe)
+
+
+def test_undo_goes_backwards_through_attributes_and_callbacks() -> None:
+    from fluxfire.patches import Patch
+
+    module, order = torch.nn.Linear(1, 1), []
+    patch = Patch()
+    patch.set(module, "first", 1)
+    patch.on_undo(lambda: order.append(hasattr(module, "first")))
+    patch.set(module, "first", 2)
+    patch.on_undo(lambda: order.append(module.first))
+    patch.undo()
+    assert order == [2, True]
+    assert not hasattr(module, "first")
 
 
 def test_save_pretrained_writes_the_same_weights(pipe: Any, tmp_path: Any) -> None:

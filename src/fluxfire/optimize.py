@@ -101,7 +101,8 @@ def optimize_pipeline(
         for step in plan.steps:
             RECIPES[step.name].apply(pipe, **dict(step.settings))
     except BaseException:
-        restore_pipeline(pipe)
+        if handle_of(pipe):  # a first step that fails takes the mark off itself
+            restore_pipeline(pipe)
         raise
     return pipe
 

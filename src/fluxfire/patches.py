@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from fluxfire.blocks import denoiser_of
@@ -38,6 +39,7 @@ class Wrapper:
         self.around = around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls `around` with what was wrapped."""
         return self.around(self.wrapped, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -47,24 +49,49 @@ class Wrapper:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Attribute:
+    owner: Any
+    name: str
+    ours: Any
+    before: Any  # what stood in the owner's __dict__, or _MISSING
+
+    def on_top(self) -> bool:
+        return vars(self.owner).get(self.name, _MISSING) is self.ours
+
+    def put_back(self) -> None:
+        if not self.on_top():
+            link = _link(self.owner, self.ours)
+            assert link is not None
+            setattr(*link, self.ours.wrapped)
+        elif self.before is _MISSING:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
+
+
 class Patch:
     """The changes made to one pipeline, and the way back."""
 
     def __init__(self) -> None:
-        self._changes: list[tuple[Any, str, Any, Any]] = []  # (object, attribute, ours, what was in its __dict__)
+        self._changes: list[_Attribute | Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self._changes)
 
-    def set(self, obj: Any, name: str, value: Any) -> None:
-        """Puts `value` at `obj.name`, on the instance."""
-        before = vars(obj).get(name, _MISSING)
-        setattr(obj, name, value)
-        self._changes.append((obj, name, value, before))
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Puts `value` at `owner.name`, on the instance."""
+        before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+        self._changes.append(_Attribute(owner, name, value, before))
 
-    def wrap(self, obj: Any, name: str, around: Callable[..., Any]) -> None:
-        """Wraps the bound method `obj.name`: calls become `around(method, *args, **kwargs)`."""
-        self.set(obj, name, Wrapper(getattr(obj, name), around))
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Wraps the bound method `owner.name`: calls become `around(method, *args, **kwargs)`."""
+        self.set(owner, name, Wrapper(getattr(owner, name), around))
+
+    def on_undo(self, reverse: Callable[[], object]) -> None:
+        """Calls `reverse()` at its turn in the undo: for changes that are no attributes, such as a tensor's layout."""
+        self._changes.append(reverse)
 
     def undo(self, start: int = 0) -> None:
         """Takes back all changes after the first `start`, the last one first.
@@ -72,28 +99,22 @@ class Patch:
         Raises:
             UndoError: somebody wrapped an attribute in a way that we cannot step out of. Nothing was changed.
         """
-        on_top = {(id(obj), name): (obj, name, ours) for obj, name, ours, _ in self._changes[start:]}
+        attributes = [change for change in self._changes[start:] if isinstance(change, _Attribute)]
+        outermost = {(id(change.owner), change.name): change for change in attributes}.values()
         blockers = [
-            f"{type(obj).__name__}.{name} was replaced by {_owner(vars(obj).get(name))}"
-            for obj, name, ours in on_top.values()
-            if vars(obj).get(name, _MISSING) is not ours and _link(obj, ours) is None
+            f"{type(change.owner).__name__}.{change.name} was replaced by {_code(vars(change.owner).get(change.name))}"
+            for change in outermost
+            if not change.on_top() and _link(change.owner, change.ours) is None
         ]
         if blockers:
-            raise UndoError("; ".join(blockers) + ": take that off first, then call fluxfire.restore_pipeline(pipe)")
+            raise UndoError("; ".join(blockers) + ": take that off, then call fluxfire.restore_pipeline(pipe)")
         while len(self._changes) > start:
-            obj, name, ours, before = self._changes.pop()
-            if vars(obj).get(name, _MISSING) is not ours:
-                link = _link(obj, ours)
-                assert link is not None
-                setattr(*link, ours.wrapped)
-            elif before is _MISSING:
-                delattr(obj, name)
-            else:
-                setattr(obj, name, before)
+            change = self._changes.pop()
+            change.put_back() if isinstance(change, _Attribute) else change()
 
 
 def _link(obj: Any, ours: Any) -> tuple[Any, str] | None:
-    """Where another library's wrapper of `obj.forward` keeps `ours` as what it calls next: (holder, attribute)."""
+    """Where another library's wrapper of `obj`'s forward keeps `ours` as what it calls next: (holder, attribute)."""
     if vars(obj).get("_old_forward") is ours:  # accelerate.hooks.add_hook_to_module
         return obj, "_old_forward"
     registry = vars(obj).get("_diffusers_hook")  # diffusers.hooks.HookRegistry
@@ -104,7 +125,7 @@ def _link(obj: Any, ours: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _owner(value: Any) -> str:
+def _code(value: Any) -> str:
     """The function behind `value`, by its code: `update_wrapper` gives wrappers the name of what they wrap."""
     code = getattr(getattr(value, "func", value), "__code__", None)
     return f"{code.co_qualname} ({code.co_filename})" if code else repr(value)
@@ -123,7 +144,8 @@ def applying(pipe: Any, step: Step, reason: str | None) -> Iterator[Handle]:
     Raises:
         StepError: `reason`, or the step's place among the steps applied so far, refuses it. Nothing was changed.
     """
-    reason = reason or refusal(step, tuple(handle.steps) if (handle := handle_of(pipe)) else ())
+    handle = handle_of(pipe)
+    reason = refusal(step, tuple(handle.steps) if handle else ()) or reason
     if reason:
         raise StepError(f"{step.name}: {reason}")
     handle = handle or mark(pipe)
