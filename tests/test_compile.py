@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import types
 from typing import Any
 
 import pytest
@@ -142,6 +144,7 @@ def test_mode_and_options_reach_inductor(pipe: Any, monkeypatch: pytest.MonkeyPa
         {"options": {"no_such_option": 1}},
         {"backend": "eager", "mode": "max-autotune"},
         {"dynamic": None},
+        {"scope": "vae"},
     ],
 )
 def test_bad_arguments_are_refused_and_change_nothing(pipe: Any, arguments: dict[str, Any]) -> None:
@@ -149,6 +152,71 @@ def test_bad_arguments_are_refused_and_change_nothing(pipe: Any, arguments: dict
         fluxfire.apply_compile(pipe, **arguments)
     with pytest.raises(fluxfire.NotOptimizedError):
         fluxfire.report(pipe)
+
+
+def test_the_whole_denoiser_is_one_graph_for_all_sizes_and_one_for_all_batches(pipe: Any) -> None:
+    baseline = run(pipe, steps=2)
+    fluxfire.apply_compile(pipe, backend="eager", scope="denoiser")
+    assert torch.allclose(run(pipe, steps=2), baseline, rtol=1e-5, atol=1e-6)
+    for size in SIZES:
+        run(pipe, size=size, steps=2)
+    assert compiled(pipe).graphs == 1
+    for batch in (2, 3):
+        run(pipe, batch=batch, steps=2)
+    assert compiled(pipe).graphs == 2
+
+
+def test_the_whole_denoiser_and_the_cache_are_a_conflict(pipe: Any) -> None:
+    fluxfire.apply_compile(pipe, backend="eager", scope="denoiser")
+    with pytest.raises(fluxfire.StepError, match='scope="blocks"'):
+        fluxfire.apply_cache(pipe)
+
+
+def test_the_vae_decoder_is_one_graph_for_all_sizes_tiled_or_not(pipe: Any) -> None:
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 24, 12
+    baseline = [run(pipe, size=size, steps=1, output_type="pt") for size in ((32, 48), (20, 20))]
+    fluxfire.apply_compile(pipe, backend="eager", vae=True)
+    for size, before in zip(((32, 48), (20, 20)), baseline, strict=True):
+        assert torch.allclose(run(pipe, size=size, steps=1, output_type="pt"), before, rtol=1e-5, atol=1e-5)
+    assert compiled(pipe).graphs == 3
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe, size=(20, 20), steps=1, output_type="pt"), baseline[1])
+
+
+def test_the_repair_of_an_upstream_bug_counts_its_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a torch without the bug a broken function stands in for it; the repair itself is ours."""
+    import torch._inductor.fx_passes.post_grad as post_grad
+    from fluxfire.compile import SAME_META
+
+    def broken(node1: Any, node2: Any) -> bool:
+        return bool(node1.meta["val"].size() == node2.meta["val"].size())
+
+    monkeypatch.setattr(post_grad, "same_meta", broken)
+    one, two = make_pipe(seed=0), make_pipe(seed=1)
+    for pipe in (one, two):
+        fluxfire.apply_compile(pipe)
+    assert post_grad.same_meta is not broken
+    number, tensor = (types.SimpleNamespace(meta={"val": value}) for value in (1.5, torch.zeros(2)))
+    assert not post_grad.same_meta(number, number) and not post_grad.same_meta(number, tensor)
+    assert post_grad.same_meta(tensor, tensor)
+    fluxfire.restore_pipeline(one)
+    assert post_grad.same_meta is not broken
+    del pipe, two  # never restored: the repair goes with the denoiser
+    gc.collect()
+    assert post_grad.same_meta is broken
+    assert not SAME_META._holders
+
+
+def test_a_torch_without_the_bug_is_left_alone(pipe: Any) -> None:
+    import torch._inductor.fx_passes.post_grad as post_grad
+    from fluxfire.compile import _fails_on_numbers
+
+    if _fails_on_numbers(post_grad.same_meta):
+        pytest.skip("this torch has the bug")
+    before = post_grad.same_meta
+    fluxfire.apply_compile(pipe)
+    assert post_grad.same_meta is before
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

@@ -335,4 +335,5 @@ def _by_name(block: torch.nn.Module, around: Callable[..., Streams]) -> Callable
 
 def _sum_abs(x: torch.Tensor) -> torch.Tensor:
     """Sum of magnitudes of every sample, in float32: (B, N, D) -> (B,)."""
-    return torch.linalg.vector_norm(x, ord=1, dim=(1, 2), dtype=torch.float32)
+    sums: torch.Tensor = torch.linalg.vector_norm(x, ord=1, dim=(1, 2), dtype=torch.float32)
+    return sums

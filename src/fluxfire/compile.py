@@ -20,7 +20,9 @@ settings are changed only while an optimized denoiser runs: nothing global stays
 
 from __future__ import annotations
 
+import functools
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +32,10 @@ import torch
 
 from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
-from fluxfire.patches import applying
+from fluxfire.patches import Workaround, applying
 from fluxfire.plan import Step
 
+SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # Compiled graphs that all pipelines of a process may have for one kind of block. torch's own limit is 8, and with
@@ -40,17 +43,39 @@ MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 GRAPH_LIMIT: Final = 256
 
 
+def _fails_on_numbers(same_meta: Callable[..., bool]) -> bool:
+    number = types.SimpleNamespace(meta={"val": 1.0})
+    try:
+        same_meta(number, number)
+    except AttributeError:
+        return True
+    return False
+
+
+def _for_tensors_only(same_meta: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(same_meta)
+    def guarded(*nodes: Any) -> bool:
+        return all(isinstance(node.meta.get("val"), torch.Tensor) for node in nodes) and same_meta(*nodes)
+
+    return guarded
+
+
+# With dynamic sizes, graphs hold symbolic numbers, and a pass of inductor asks them for their tensor size.
+# torch 2.11 and 2.12; mended in 2.13 (https://github.com/pytorch/pytorch/pull/181752).
+SAME_META: Final = Workaround("torch._inductor.fx_passes.post_grad", "same_meta", _fails_on_numbers, _for_tensors_only)
+
+
 @dataclass(frozen=True, slots=True)
 class CompileStats:
-    """Graphs compiled for this pipeline, graph breaks in them (fullgraph: 0), and the seconds spent compiling."""
+    """Graphs compiled for this pipeline, graph breaks in them (fullgraph: 0), and the seconds of the calls that did it."""
 
     graphs: int
     graph_breaks: int
     seconds: float
 
 
-class CompiledBlocks:
-    """Counts what one pipeline's denoiser compiles, and sets torch up for it while it runs."""
+class Graphs:
+    """Counts what one pipeline compiles, and sets torch up for it while its modules run."""
 
     def __init__(self, mode: str) -> None:
         self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
@@ -61,12 +86,12 @@ class CompiledBlocks:
         """A snapshot of the counts."""
         return CompileStats(self._graphs, self._graph_breaks, self._seconds)
 
-    def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls on with torch set up for our graphs."""
         from torch._dynamo.utils import counters
 
         if self._cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         start = time.perf_counter()
         with _torch_settings():
@@ -86,7 +111,7 @@ def _torch_settings() -> Iterator[None]:
     import torch.fx.experimental._config as symbolic
 
     limits = {"recompile_limit": GRAPH_LIMIT, "accumulated_recompile_limit": 4 * GRAPH_LIMIT}
-    with dynamo.patch(limits), symbolic.patch(use_duck_shape=False):
+    with dynamo.patch(limits), symbolic.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
 
 
@@ -96,7 +121,9 @@ def check_compile(
     mode: str = "default",
     backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
+    scope: str = "blocks",
     dynamic: bool = True,
+    vae: bool = False,
 ) -> str | None:
     """Why `apply_compile` with these arguments would refuse this pipeline, or None.
 
@@ -106,6 +133,10 @@ def check_compile(
     """
     if mode not in MODES:
         raise ArgumentError(f"mode: found {mode!r}, needed one of torch's {', '.join(map(repr, MODES))}")
+    if scope not in SCOPES:
+        raise ArgumentError(
+            f'scope: found {scope!r}, needed "blocks" (each kind once) or "denoiser" (one graph of all)'
+        )
     if not isinstance(dynamic, bool):
         raise ArgumentError(f"dynamic: found {dynamic!r}, needed True (any size) or False (a graph for each size)")
     if backend != "inductor" and (mode != "default" or options):
@@ -115,13 +146,21 @@ def check_compile(
             f"options: inductor knows no {', '.join(sorted(unknown))}; see torch._inductor.list_options()"
         )
     denoiser = denoiser_of(pipe)
-    for block in (denoiser, *family_of(pipe).blocks(denoiser)):
-        owner = wrapped_by(block)
-        if owner and (block is not denoiser or block._compiled_call_impl is not None):
-            return (
-                f"found {type(block).__name__} wrapped by {owner}; needed the block's own forward: take that off first"
-            )
+    if vae and not hasattr(getattr(pipe, "vae", None), "decoder"):
+        return f"found no VAE decoder in {type(pipe).__name__}, needed one for vae=True: leave vae out"
+    for module in _targets(pipe, scope, vae):
+        if owner := wrapped_by(module):
+            return f"found {type(module).__name__} wrapped by {owner}; needed its own forward: take that off first"
+    if denoiser._compiled_call_impl is not None:
+        return f"found {type(denoiser).__name__} wrapped by {wrapped_by(denoiser)}: load the pipeline anew"
     return _missing_compiler(denoiser) if backend == "inductor" else None
+
+
+def _targets(pipe: Any, scope: str, vae: bool) -> list[torch.nn.Module]:
+    """The modules whose forward is compiled. Of the VAE the decoder: tiling calls it tile by tile, from outside."""
+    denoiser = denoiser_of(pipe)
+    targets = family_of(pipe).blocks(denoiser) if scope == "blocks" else [denoiser]
+    return [*targets, pipe.vae.decoder] if vae else targets
 
 
 def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
@@ -148,7 +187,9 @@ def apply_compile(
     mode: str = "default",
     backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
+    scope: str = "blocks",
     dynamic: bool = True,
+    vae: bool = False,
 ) -> Any:
     """Compiles the denoiser's blocks, each kind once. Lossless.
 
@@ -161,7 +202,9 @@ def apply_compile(
         options: settings of inductor on top of the mode's, for this pipeline only, such as flux-fast's
             (https://github.com/huggingface/flux-fast) `{"conv_1x1_as_mm": True, "epilogue_fusion": False,
             "coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True, "shape_padding": True}`.
+        scope: "blocks"; or "denoiser" for one graph of the whole, which takes minutes and excludes the cache.
         dynamic: True: the graphs serve all picture sizes; False: each size compiles its own.
+        vae: compile the VAE's decoder too.
 
     Returns:
         The same pipe.
@@ -169,18 +212,21 @@ def apply_compile(
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
-    reason = check_compile(pipe, mode=mode, backend=backend, options=options, dynamic=dynamic)
-    knobs = (("mode", mode), ("backend", backend), ("dynamic", dynamic), ("options", tuple((options or {}).items())))
-    with applying(pipe, Step("compile", "lossless", knobs), reason) as handle:
-        denoiser = denoiser_of(pipe)
-        graphs = CompiledBlocks(mode)
-        for block in family_of(pipe).blocks(denoiser):
+    knobs: dict[str, Any] = {"mode": mode, "backend": backend, "scope": scope, "dynamic": dynamic, "vae": vae}
+    reason = check_compile(pipe, options=options, **knobs)
+    settings = (*knobs.items(), ("options", tuple((options or {}).items())))
+    with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
+        graphs = Graphs(mode)
+        targets = _targets(pipe, scope, vae)
+        for module in targets:
             # torch refuses `mode` together with `options`, and consumes the dict.
             expanded = torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
-            settings = {"options": expanded} if backend == "inductor" else {}
-            compiled = torch.compile(block.forward, fullgraph=True, dynamic=dynamic, backend=backend, **settings)
-            handle.patch.wrap(block, "forward", _on_plain_inputs(compiled))
-        handle.patch.wrap(denoiser, "forward", graphs.around_denoiser)
+            inductor: dict[str, Any] = {"options": expanded} if backend == "inductor" else {}
+            compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **inductor)
+            handle.patch.wrap(module, "forward", _on_plain_inputs(compiled))
+        SAME_META.hold(handle)
+        for module in (denoiser_of(pipe), *targets[-1:] * vae):
+            handle.patch.wrap(module, "forward", graphs.around)
         handle.states["compile"] = graphs
     return pipe
 

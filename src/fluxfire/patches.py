@@ -13,6 +13,8 @@ leaves nothing behind.
 from __future__ import annotations
 
 import functools
+import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,14 +58,21 @@ class _Attribute:
     ours: Any
     before: Any  # what stood in the owner's __dict__, or _MISSING
 
-    def on_top(self) -> bool:
-        return vars(self.owner).get(self.name, _MISSING) is self.ours
+    def current(self) -> Any:
+        return vars(self.owner).get(self.name, _MISSING)
+
+    def gone(self) -> bool:
+        """Whether somebody put the class's own method back, as accelerate does when it removes its hook from below us."""
+        own = getattr(type(self.owner), self.name, _MISSING)
+        return self.current() is _MISSING or getattr(self.current(), "__func__", None) is own
+
+    def blocked(self) -> bool:
+        return self.current() is not self.ours and not self.gone() and _link(self.owner, self.ours) is None
 
     def put_back(self) -> None:
-        if not self.on_top():
-            link = _link(self.owner, self.ours)
-            assert link is not None
-            setattr(*link, self.ours.wrapped)
+        if self.current() is not self.ours:
+            if link := _link(self.owner, self.ours):
+                setattr(*link, self.ours.wrapped)
         elif self.before is _MISSING:
             delattr(self.owner, self.name)
         else:
@@ -102,9 +111,9 @@ class Patch:
         attributes = [change for change in self._changes[start:] if isinstance(change, _Attribute)]
         outermost = {(id(change.owner), change.name): change for change in attributes}.values()
         blockers = [
-            f"{type(change.owner).__name__}.{change.name} was replaced by {_code(vars(change.owner).get(change.name))}"
+            f"{type(change.owner).__name__}.{change.name} was replaced by {_code(change.current())}"
             for change in outermost
-            if not change.on_top() and _link(change.owner, change.ours) is None
+            if change.blocked()
         ]
         if blockers:
             raise UndoError("; ".join(blockers) + ": take that off, then call fluxfire.restore_pipeline(pipe)")
@@ -129,6 +138,43 @@ def _code(value: Any) -> str:
     """The function behind `value`, by its code: `update_wrapper` gives wrappers the name of what they wrap."""
     code = getattr(getattr(value, "func", value), "__code__", None)
     return f"{code.co_qualname} ({code.co_filename})" if code else repr(value)
+
+
+class Workaround:
+    """A repair of an upstream bug in a module's function: the one change that is process-wide.
+
+    It is made only where `broken(function)` says that the bug is here, counted over the denoisers that need it, and gone
+    with the last of them.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        function: str,
+        broken: Callable[[Callable[..., Any]], bool],
+        repair: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        self._module, self._function, self._broken, self._repair = module, function, broken, repair
+        self._holders: set[int] = set()
+        self._original: Callable[..., Any] | None = None
+
+    def hold(self, handle: Handle) -> None:
+        """Keeps the repair in place until this handle is undone or its denoiser is gone."""
+        module = importlib.import_module(self._module)
+        function = getattr(module, self._function)
+        if not self._holders:
+            if not self._broken(function):
+                return
+            self._original = function
+            setattr(module, self._function, self._repair(function))
+        release = weakref.finalize(handle.denoiser, self._release, id(handle))
+        self._holders.add(id(handle))
+        handle.patch.on_undo(release)
+
+    def _release(self, holder: int) -> None:
+        self._holders.remove(holder)
+        if not self._holders:
+            setattr(importlib.import_module(self._module), self._function, self._original)
 
 
 def handle_of(pipe: Any) -> Handle | None:

@@ -44,6 +44,13 @@ _GRAPHS = (
 CONFLICTS: Final = (
     Conflict("compile", "cache", (("mode", "reduce-overhead"),), f'mode "reduce-overhead" {_GRAPHS}'),
     Conflict("compile", "cache", (("mode", "max-autotune"),), f'mode "max-autotune" {_GRAPHS}'),
+    Conflict(
+        "compile",
+        "cache",
+        (("scope", "denoiser"),),
+        "the cache decides between the blocks, on data, and one graph of the whole denoiser has no such place: "
+        'use apply_compile(pipe, scope="blocks")',
+    ),
 )
 
 # Steps that need another one: (step, what it needs, why).
