@@ -187,6 +187,7 @@ def test_the_vae_decoder_is_one_graph_for_all_sizes_tiled_or_not(pipe: Any) -> N
 def test_the_repair_of_an_upstream_bug_counts_its_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a torch without the bug a broken function stands in for it; the repair itself is ours."""
     import torch._inductor.fx_passes.post_grad as post_grad
+
     from fluxfire.compile import SAME_META
 
     def broken(node1: Any, node2: Any) -> bool:
@@ -210,6 +211,7 @@ def test_the_repair_of_an_upstream_bug_counts_its_pipelines(monkeypatch: pytest.
 
 def test_a_torch_without_the_bug_is_left_alone(pipe: Any) -> None:
     import torch._inductor.fx_passes.post_grad as post_grad
+
     from fluxfire.compile import _fails_on_numbers
 
     if _fails_on_numbers(post_grad.same_meta):

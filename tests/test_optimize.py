@@ -94,7 +94,7 @@ def test_a_step_that_fails_leaves_nothing(pipe: Any, monkeypatch: pytest.MonkeyP
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fluxfire.cache._by_name", fail)
+    monkeypatch.setattr("fluxfire.first_block._by_name", fail)
     with pytest.raises(MemoryError):
         fluxfire.apply_cache(pipe)
     assert attributes(pipe) == before

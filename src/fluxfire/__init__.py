@@ -6,8 +6,8 @@ print(fluxfire.report(pipe))
 fluxfire.restore_pipeline(pipe)
 """
 
-from fluxfire.cache import CacheCall, CacheStats, apply_cache, cache_stats, check_cache, set_cache_threshold
-from fluxfire.compile import CompileStats, apply_compile, check_compile
+from fluxfire.cache import apply_cache, cache_stats, check_cache, set_cache_threshold
+from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import (
     ArgumentError,
     CopyError,
@@ -18,7 +18,8 @@ from fluxfire.errors import (
     UndoError,
 )
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
-from fluxfire.plan import Plan, Report, Skip, Step
+from fluxfire.plan import Plan, Skip, Step
+from fluxfire.stats import CacheCall, CacheStats, CompileStats, Report
 
 __version__ = "0.1.0"
 

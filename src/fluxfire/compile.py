@@ -1,21 +1,21 @@
 """torch.compile, block by block ("regional compilation"): one graph serves all blocks of a kind.
 
-Compiling the denoiser whole takes minutes, since its 57 blocks are traced one after the other; compiled by block, the two
-kinds of FLUX.1 blocks are traced once each and give the same kernels (PyTorch's recipe,
+Compiling the denoiser whole takes minutes, since its 57 blocks are traced one after the other; by block, the two kinds
+of FLUX.1 blocks are traced once each and give the same kernels (PyTorch's recipe,
 https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). It also leaves the space between the blocks free,
 which is where the first-block cache decides.
 
 What keeps it at one graph for each kind of block and for batch 1 and batch >= 2, over all picture sizes:
 - `dynamic=True`, and sizes that happen to be equal in the first call (text and image tokens) are not taken for one
   (`use_duck_shape=False`).
-- A block compiled on a view sees its base and its strides, and the next block's input is not such a view: another graph.
-  So every block gets plain contiguous tensors (a new tensor over the same storage where only the view must go), and None
+- A block traced on a view sees its base and its strides, and the next block's input is no such view: another graph. So
+  every block gets plain contiguous tensors (a new tensor over the same storage where only the view must go), and None
   for an empty dict.
-- Graphs belong to the class's code and are limited to 8 a process, for all pipelines together; the limit is raised while
-  one of ours runs.
+- Graphs belong to the class's code and are limited to 8 a process, for all pipelines together; the limit is raised
+  while one of ours runs.
 
-`fullgraph=True`: a graph break is an error, not a slowdown. Inductor's options are given to each compilation and torch's
-settings are changed only while an optimized denoiser runs: nothing global stays. Lossless up to rounding.
+`fullgraph=True`: a graph break is an error, not a slowdown. Inductor's options are given to each compilation, and
+torch's settings are changed only while an optimized denoiser runs: nothing global stays. Lossless up to rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -34,6 +33,7 @@ from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
 from fluxfire.patches import Workaround, applying
 from fluxfire.plan import Step
+from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -65,26 +65,19 @@ def _for_tensors_only(same_meta: Callable[..., bool]) -> Callable[..., bool]:
 SAME_META: Final = Workaround("torch._inductor.fx_passes.post_grad", "same_meta", _fails_on_numbers, _for_tensors_only)
 
 
-@dataclass(frozen=True, slots=True)
-class CompileStats:
-    """Graphs compiled for this pipeline, graph breaks in them (fullgraph: 0), and the seconds of the calls that did it."""
-
-    graphs: int
-    graph_breaks: int
-    seconds: float
-
-
 class Graphs:
     """Counts what one pipeline compiles, and sets torch up for it while its modules run."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, kinds: int) -> None:
+        self._kinds = kinds
         self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
         self._graphs = self._graph_breaks = 0
         self._seconds = 0.0
 
     def stats(self) -> CompileStats:
         """A snapshot of the counts."""
-        return CompileStats(self._graphs, self._graph_breaks, self._seconds)
+        recompilations = max(self._graphs - self._kinds, 0)
+        return CompileStats(self._graphs, recompilations, self._graph_breaks, self._seconds)
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls on with torch set up for our graphs."""
@@ -150,7 +143,7 @@ def check_compile(
         return f"found no VAE decoder in {type(pipe).__name__}, needed one for vae=True: leave vae out"
     for module in _targets(pipe, scope, vae):
         if owner := wrapped_by(module):
-            return f"found {type(module).__name__} wrapped by {owner}; needed its own forward: take that off first"
+            return f"found {type(module).__name__} wrapped by {owner}; needed its own forward: take that off"
     if denoiser._compiled_call_impl is not None:
         return f"found {type(denoiser).__name__} wrapped by {wrapped_by(denoiser)}: load the pipeline anew"
     return _missing_compiler(denoiser) if backend == "inductor" else None
@@ -177,7 +170,7 @@ def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            return "found no working Triton, needed one to compile for this GPU (compute capability 7.0): pip install triton"
+            return "found no working Triton, needed to compile for a GPU (compute capability >= 7.0): pip install triton"
     return None
 
 
@@ -216,8 +209,8 @@ def apply_compile(
     reason = check_compile(pipe, options=options, **knobs)
     settings = (*knobs.items(), ("options", tuple((options or {}).items())))
     with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
-        graphs = Graphs(mode)
         targets = _targets(pipe, scope, vae)
+        graphs = Graphs(mode, kinds=len({type(module) for module in targets}))
         for module in targets:
             # torch refuses `mode` together with `options`, and consumes the dict.
             expanded = torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})

@@ -15,7 +15,8 @@ from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
 from fluxfire.patches import handle_of, mark, unmark
-from fluxfire.plan import ORDER, Plan, Report, Skip, Step, refusal
+from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
+from fluxfire.stats import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +138,5 @@ def report(pipe: Any) -> Report:
             "found no step of fluxfire on this pipeline: call fluxfire.optimize_pipeline(pipe) first"
         )
     stats = {name: state.stats() for name, state in handle.states.items()}
-    return Report(family_of(pipe).name, tuple(handle.steps), handle.skips, stats.get("cache"), stats.get("compile"))
+    cache, graphs = stats.pop("cache", None), stats.pop("compile", None)
+    return Report(family_of(pipe).name, tuple(handle.steps), handle.skips, cache, graphs, tuple(stats.items()))

@@ -1,13 +1,13 @@
 """The one door for change: attributes of instances, each with its reverse.
 
-A `Patch` holds the changes of one step. `set` puts an attribute on an instance, never on a class; `wrap` puts a `Wrapper`
-around a bound method. `undo` takes everything back, last change first, and leaves no attribute behind that was not there
-before. Others may have wrapped our wrapper meanwhile (accelerate's and diffusers' hooks, a user): then ours is taken out
-of their chain, and where we do not know the chain an `UndoError` names the owner before anything is touched. A blind
-put-back would throw their wrapper away.
+A `Patch` holds the changes made to one pipeline. `set` puts an attribute on an instance, never on a class; `wrap` puts
+a `Wrapper` around a bound method. `undo` takes everything back, last change first, and leaves no attribute behind that
+was not there before. Others may have wrapped our wrapper meanwhile (accelerate's and diffusers' hooks, a user): then
+ours is taken out of their chain, and where we do not know the chain an `UndoError` names the owner before anything is
+touched. A blind put-back would throw their wrapper away.
 
 `applying` is what every `apply_<step>` is made of: it refuses with the step's reason, and a step that fails half-way
-leaves nothing behind.
+leaves nothing behind. `Workaround` is the one exception to "instances only": a repair of an upstream bug.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Wrapper:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(
-            "a module that fluxfire has patched cannot be copied or pickled: the copy would run the original's weights. "
-            "Call fluxfire.restore_pipeline(pipe), copy, then optimize both"
+            "a module that fluxfire has patched cannot be copied or pickled: the copy would run the original's "
+            "weights. Call fluxfire.restore_pipeline(pipe), copy, then optimize both"
         )
 
 
@@ -62,7 +62,7 @@ class _Attribute:
         return vars(self.owner).get(self.name, _MISSING)
 
     def gone(self) -> bool:
-        """Whether somebody put the class's own method back, as accelerate does when it removes its hook from below us."""
+        """Whether somebody put the class's own method back, as accelerate does when its hook was below us and goes."""
         own = getattr(type(self.owner), self.name, _MISSING)
         return self.current() is _MISSING or getattr(self.current(), "__func__", None) is own
 
@@ -143,8 +143,8 @@ def _code(value: Any) -> str:
 class Workaround:
     """A repair of an upstream bug in a module's function: the one change that is process-wide.
 
-    It is made only where `broken(function)` says that the bug is here, counted over the denoisers that need it, and gone
-    with the last of them.
+    It is made only where `broken(function)` says that the bug is here, counted over the denoisers that need it, and
+    gone with the last of them.
     """
 
     def __init__(

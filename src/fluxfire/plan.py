@@ -1,19 +1,16 @@
-"""What will be done, and what was done, as plain values, and how they read.
+"""What will be done, and what was done, as plain values.
 
 A `Plan` is made before anything is touched: the `Step`s in order and the `Skip`s with their reasons. The order, the bad
-pairs and the needs of steps are data here, so that no step has to know another. A `Handle` is the mark that an optimized
-pipeline and its denoiser carry: what was applied, with the `Patch` that takes it back.
+pairs and the needs of steps are data here, so that no step has to know another. A `Handle` is the mark that an
+optimized pipeline and its denoiser carry: what was applied, with the `Patch` that takes it back.
 """
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from fluxfire.cache import CacheStats
-    from fluxfire.compile import CompileStats
     from fluxfire.patches import Patch
 
 # Steps are applied in this order.
@@ -104,52 +101,6 @@ class Handle:
     states: dict[str, Any] = field(
         default_factory=dict
     )  # step name -> its state: the cache, the compiled graphs' count
-
-
-# Families whose quality against the threshold was measured; others say so in the report's first line.
-MEASURED: Final[tuple[str, ...]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was applied and left out, and the counts so far."""
-
-    family: str
-    steps: tuple[Step, ...]
-    skips: tuple[Skip, ...]
-    cache: CacheStats | None
-    compile: CompileStats | None
-
-    def rows(self) -> list[tuple[str, str]]:
-        """The report's lines: (what, text). The first says whether pictures differ from the pipe's own."""
-        approximate = [step.name for step in self.steps if step.kind == "approximate"]
-        rows = [("pictures", "as the pipe's own, up to rounding")]
-        if approximate:
-            unmeasured = (
-                "" if self.family in MEASURED else f"; unmeasured here for {self.family}: compare on your prompts"
-            )
-            rows = [("pictures", f"approximate, because of {', '.join(approximate)}{unmeasured}")]
-        rows += [(step.name, str(step)) for step in self.steps]
-        rows += [(skip.name, f"left out: {skip.reason}") for skip in self.skips]
-        if self.cache:
-            calls = self.cache.hits + self.cache.computed
-            rows.append(("hits", f"{self.cache.hits} of {calls} denoiser calls ({self.cache.hit_rate:.0%})"))
-        if self.compile:
-            graphs = f"{self.compile.graphs} compiled, {self.compile.graph_breaks} graph breaks"
-            rows.append(("graphs", f"{graphs}, {self.compile.seconds:.1f} s"))
-        return rows
-
-    def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(what) for what, _ in rows)
-        return "\n".join(f"{what:<{width}}  {text}" for what, text in rows)
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f'<tr><th style="text-align:left">{html.escape(what)}</th><td style="text-align:left">{html.escape(text)}</td></tr>'
-            for what, text in self.rows()
-        )
-        return f"<table>{cells}</table>"
 
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:

@@ -97,6 +97,10 @@ class RunReader(Generic[State]):
             return Call(self._run, self._step, branch, 0, None)
         return Call(self._run, self._step, branch, self._noise_tokens(inputs), self._open(branch, inputs))
 
+    def states(self) -> list[State]:
+        """What is kept now, branch by branch."""
+        return [branch.state for branch in self._branches.values()]
+
     def drop(self, branch: int) -> None:
         """Forgets what is kept for a branch: its call raised half-way."""
         self._branches.pop(branch, None)

@@ -1,0 +1,210 @@
+"""First-block cache: where the first block's residual hardly changed since the last computed step, skip the others.
+
+The idea is ParaAttention's (https://github.com/chengzeyi/ParaAttention, "First Block Cache", after TeaCache,
+https://arxiv.org/abs/2411.19108). In a denoiser of blocks 1..n, with x the image tokens that enter block 1:
+
+    first    = block_1(x) - x                        the first block's residual: computed in every call, cheap
+    rest     = block_n(...) - block_1(x)             what all other blocks add: the expensive part
+    distance = sum|first - first'| / sum|first'|     relative L1 distance; ' marks the last *computed* call
+
+With distance < threshold the call is a *hit*: blocks 2..n are skipped and `rest'` is added to block 1's output.
+
+What it costs: three tensors of the size of the noise tokens for each guidance branch, a few passes over them, and one
+transfer of B floats to the host in every call. Approximate above threshold 0, bit-identical at 0.
+
+How it differs from the peers:
+- The last block adds `rest'`, the blocks between hand their input on. So what the denoiser adds between blocks
+  (ControlNet) is in `rest'` once and is not added again; what comes after the last block is.
+- Every sample of a batch decides for itself; only those that miss are computed.
+- Only noise tokens count: a reference picture's output is thrown away, so it neither dilutes the distance nor is kept.
+- State belongs to one run and one guidance branch (`run.py`), and instances are patched, never classes.
+
+Shapes: B samples, N noise tokens (the first N of the L image tokens), T text tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+
+from fluxfire.blocks import denoiser_of, family_of
+from fluxfire.plan import Handle
+from fluxfire.run import Call, RunReader
+from fluxfire.stats import CacheCall, CacheStats
+
+Batch = Literal["sample", "any"]
+Streams = tuple[torch.Tensor, torch.Tensor]  # (encoder_hidden_states (B, T, D), hidden_states (B, L, D))
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of one guidance branch: the last computed call of each sample."""
+
+    first: torch.Tensor | None = None  # (B, N, D)
+    size: torch.Tensor | None = None  # (B,) sum|first|
+    rest: torch.Tensor | None = None  # (B, N, D)
+    consecutive_hits: list[int] = field(default_factory=list)  # (B,)
+
+
+@dataclass(slots=True)
+class _Present:
+    """The denoiser call that is under way."""
+
+    call: Call[_Kept]
+    leader_out: torch.Tensor | None = None  # (B, L, D)
+    hits: tuple[bool, ...] = ()  # (B,)
+    missed: torch.Tensor | None = None  # rows that missed, where others hit
+
+
+class FirstBlockCache:
+    """The cache of one denoiser; `around_*` are put around the forward of the denoiser and of its blocks."""
+
+    def __init__(self, pipe: Any, warmup_steps: int, max_consecutive_hits: int | None, batch: Batch) -> None:
+        self.threshold = 0.0
+        self._warmup_steps = warmup_steps
+        self._max_consecutive_hits = max_consecutive_hits
+        self._batch = batch
+        self._family = family_of(pipe)
+        denoiser = denoiser_of(pipe)
+        self._reader = RunReader(lambda: pipe.scheduler, denoiser.forward, self._family, _Kept)
+        self._present: _Present | None = None
+        self._run = -1
+        self._last_run: list[CacheCall] = []
+        self._hits = self._computed = 0
+
+    def install(self, handle: Handle) -> None:
+        """Puts the cache around the denoiser and its blocks."""
+        denoiser = handle.denoiser
+        handle.patch.wrap(denoiser, "forward", self.around_denoiser)
+        leader, *followers, last = self._family.blocks(denoiser)
+        roles = [(leader, self.around_leader), *((block, self.around_follower) for block in followers)]
+        for block, around in (*roles, (last, self.around_last)):
+            handle.patch.wrap(block, "forward", _by_name(block, around))
+
+    def stats(self) -> CacheStats:
+        """A snapshot of the counts."""
+        kept = [t for state in self._reader.states() for t in (state.first, state.size, state.rest) if t is not None]
+        held = sum(tensor.nbytes for tensor in kept)
+        return CacheStats(self.threshold, self._hits, self._computed, tuple(self._last_run), held)
+
+    def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Opens the state of this call's guidance branch, then calls on."""
+        call = self._reader.read(args, kwargs)
+        self._present = _Present(call)
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            self._reader.drop(call.branch)  # it may hold a first residual without its rest
+            raise
+        finally:
+            self._present = None
+
+    def around_leader(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
+        """Always computed; decides for the whole call."""
+        encoder, out = block(**arguments)
+        if present := self._present:
+            present.leader_out = out
+            self._decide(present, arguments["hidden_states"])
+        return encoder, out
+
+    def around_follower(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
+        """Computes the samples that missed and hands the others on."""
+        present = self._present
+        if present is None or not any(present.hits):
+            return block(**arguments)
+        encoder, hidden = arguments["encoder_hidden_states"], arguments["hidden_states"]
+        if present.missed is None:
+            return encoder, hidden
+        encoder_out, out = block(**self._rows_that_missed(present.missed, arguments))
+        return encoder.index_copy(0, present.missed, encoder_out), hidden.index_copy(0, present.missed, out)
+
+    def around_last(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
+        """A follower whose output is the leader's plus `rest`: the kept one on a hit, a new one to keep on a miss."""
+        encoder, out = self.around_follower(block, arguments)
+        present = self._present
+        if present is None or present.call.state is None or self.threshold == 0:
+            return encoder, out
+        kept, n, leader_out = present.call.state, present.call.noise_tokens, present.leader_out
+        assert leader_out is not None
+        if not any(present.hits):
+            kept.rest = out[:, :n] - leader_out[:, :n]
+            return encoder, out
+        assert kept.rest is not None
+        if present.missed is not None:
+            rest = out[present.missed, :n] - leader_out[present.missed, :n]
+            kept.rest = kept.rest.index_copy(0, present.missed, rest)
+        noise = leader_out[:, :n] + kept.rest
+        if present.missed is not None:  # to the bit what the block gave, not leader + (block - leader)
+            noise = noise.index_copy(0, present.missed, out[present.missed, :n])
+        return encoder, noise if n == out.shape[1] else torch.cat([noise, leader_out[:, n:]], dim=1)
+
+    def _rows_that_missed(self, missed: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        batch = arguments["hidden_states"].shape[0]
+        streams = {name: arguments[name][missed] for name in ("hidden_states", "encoder_hidden_states")}
+        return self._family.rows(arguments, missed, batch) | streams
+
+    def _decide(self, present: _Present, x: torch.Tensor) -> None:
+        """Hit or miss for every sample, given x (B, L, D) that entered the leader; keeps the residuals that missed."""
+        batch = x.shape[0]
+        call, kept = present.call, present.call.state
+        present.hits, distances = (False,) * batch, (math.nan,) * batch
+        if kept is not None and self.threshold > 0:
+            assert present.leader_out is not None
+            first = present.leader_out[:, : call.noise_tokens] - x[:, : call.noise_tokens]
+            if kept.rest is not None and kept.first is not None and kept.size is not None:
+                distances = tuple((_sum_abs(first - kept.first) / kept.size).tolist())
+                present.hits = self._hits_of(call.step, distances, kept.consecutive_hits)
+            self._keep_first(kept, first, present)
+        self._record(CacheCall(call.step, call.branch, present.hits, distances), call.run)
+
+    def _hits_of(self, step: int, distances: tuple[float, ...], consecutive: list[int]) -> tuple[bool, ...]:
+        limit = math.inf if self._max_consecutive_hits is None else self._max_consecutive_hits
+        hits = tuple(
+            step >= self._warmup_steps and distance < self.threshold and count < limit
+            for distance, count in zip(distances, consecutive, strict=True)
+        )
+        return (all(hits),) * len(hits) if self._batch == "any" else hits
+
+    def _keep_first(self, kept: _Kept, first: torch.Tensor, present: _Present) -> None:
+        """Keeps the first residual of the samples that missed."""
+        counts = kept.consecutive_hits or [0] * len(present.hits)
+        kept.consecutive_hits = [count + 1 if hit else 0 for hit, count in zip(present.hits, counts, strict=True)]
+        if all(present.hits):
+            return
+        if not any(present.hits):
+            kept.first, kept.size = first, _sum_abs(first)
+            return
+        assert kept.first is not None and kept.size is not None
+        missed = present.missed = torch.tensor(
+            [i for i, hit in enumerate(present.hits) if not hit], device=first.device
+        )
+        kept.first = kept.first.index_copy(0, missed, first[missed])
+        kept.size = kept.size.index_copy(0, missed, _sum_abs(first[missed]))
+
+    def _record(self, call: CacheCall, run: int) -> None:
+        if run != self._run:
+            self._run, self._last_run = run, []
+        self._last_run.append(call)
+        self._hits += sum(call.hits)
+        self._computed += len(call.hits) - sum(call.hits)
+
+
+def _by_name(block: torch.nn.Module, around: Callable[..., Streams]) -> Callable[..., Streams]:
+    """Gives `around(forward, arguments)` a block's arguments by name, however they were passed."""
+    names: Final = tuple(inspect.signature(block.forward).parameters)
+
+    def call(forward: Callable[..., Streams], *args: Any, **kwargs: Any) -> Streams:
+        return around(forward, dict(zip(names, args, strict=False)) | kwargs)
+
+    return call
+
+
+def _sum_abs(x: torch.Tensor) -> torch.Tensor:
+    """Sum of magnitudes of every sample, in float32: (B, N, D) -> (B,)."""
+    sums: torch.Tensor = torch.linalg.vector_norm(x, ord=1, dim=(1, 2), dtype=torch.float32)
+    return sums

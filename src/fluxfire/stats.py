@@ -1,0 +1,148 @@
+"""What an optimized pipeline tells of itself: counts as plain values, and the report as text, HTML and JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from fluxfire.plan import Skip, Step
+
+# Families whose quality against the threshold was measured; others say so in the report's first line.
+MEASURED: Final[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCall:
+    """One denoiser call: for every sample whether it hit, and its distance (nan: nothing to compare with)."""
+
+    step: int
+    branch: int
+    hits: tuple[bool, ...]
+    distances: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counts since `apply_cache` in samples x denoiser calls, the last run call by call, and the memory held now."""
+
+    threshold: float
+    hits: int
+    computed: int
+    last_run: tuple[CacheCall, ...]
+    kept_bytes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all calls, 0 to 1; 0 before the first call."""
+        return self.hits / max(self.hits + self.computed, 1)
+
+    def marks(self) -> str:
+        """The last run's calls: # computed, . a hit, + hits for some samples of the batch."""
+        return "".join("." if all(call.hits) else "+" if any(call.hits) else "#" for call in self.last_run)
+
+
+@dataclass(frozen=True, slots=True)
+class CompileStats:
+    """Graphs compiled for this pipeline, and the seconds of the calls that did it.
+
+    `recompilations` are graphs beyond one for each kind of module (a batch of 2 or more needs one more); `graph_breaks`
+    is 0, since a break is an error. Graphs that an earlier pipeline of this process compiled are used and not counted.
+    """
+
+    graphs: int
+    recompilations: int
+    graph_breaks: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was applied and left out, and the counts so far. `print` it, or let a notebook show it."""
+
+    family: str
+    steps: tuple[Step, ...]
+    skips: tuple[Skip, ...]
+    cache: CacheStats | None
+    compile: CompileStats | None
+    other: tuple[tuple[str, Any], ...] = ()  # (step, its counts) for the steps without a field of their own
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report's lines: (what, text). The first says whether pictures differ from the pipe's own."""
+        rows = [("pictures", self._exactness())]
+        rows += [(step.name, str(step)) for step in self.steps]
+        rows += [(skip.name, f"left out: {skip.reason}") for skip in self.skips]
+        if cache := self.cache:
+            calls = f"{cache.hits} of {cache.hits + cache.computed} denoiser calls ({cache.hit_rate:.0%})"
+            rows.append(("hits", f"{calls} at threshold {cache.threshold:g}, {cache.kept_bytes / 2**20:.1f} MiB kept"))
+            rows.append(("last run", f"{cache.marks()} (# computed, . hit)" if cache.last_run else "none yet"))
+        if graphs := self.compile:
+            counts = f"{graphs.graphs} compiled, {graphs.recompilations} of them recompilations"
+            rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
+        rows += [
+            (name, ", ".join(f"{key} {value}" for key, value in asdict(counts).items())) for name, counts in self.other
+        ]
+        return rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as values that JSON knows; nan and infinite numbers become None and "inf"."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str), parse_constant=_CONSTANTS.__getitem__)
+        return {"pictures": self._exactness()} | plain
+
+    def _exactness(self) -> str:
+        approximate = [step.name for step in self.steps if step.kind == "approximate"]
+        if not approximate:
+            return "as the pipe's own, up to rounding"
+        unmeasured = "" if self.family in MEASURED else f"; unmeasured here for {self.family}: compare on your prompts"
+        return f"approximate, because of {', '.join(approximate)}{unmeasured}"
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(what) for what, _ in rows)
+        return "\n".join(f"{what:<{width}}  {text}" for what, text in rows)
+
+    def _repr_html_(self) -> str:
+        style = 'style="text-align:left;vertical-align:top"'
+        cells = "".join(
+            f"<tr><th {style}>{html.escape(what)}</th><td {style}>{html.escape(text)}</td></tr>"
+            for what, text in self.rows()
+        )
+        plot = _plot(self.cache) if self.cache and self.cache.last_run else ""
+        return f"<table>{cells}</table>{plot}"
+
+
+_CONSTANTS: Final = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
+
+
+def _plot(stats: CacheStats) -> str:
+    """The last run as SVG: a bar for each call, its mean distance for height, filled where it was computed."""
+    width, height, top = 12, 80, _top(stats)
+    y: Callable[[float], float] = lambda value: height - min(value, top) / top * height  # noqa: E731
+    bars = []
+    for index, call in enumerate(stats.last_run):
+        known = [value for value in call.distances if math.isfinite(value)]
+        distance = sum(known) / len(known) if known else top
+        colour = "#2a9d8f" if all(call.hits) else "#e9c46a" if any(call.hits) else "#264653"
+        label = f"step {call.step}, branch {call.branch}: " + ("hit" if all(call.hits) else "computed")
+        label += f", distance {distance:.4f}" if known else ", nothing to compare with"
+        bars.append(
+            f'<rect x="{index * width}" y="{y(distance):.1f}" width="{width - 2}" height="{height - y(distance):.1f}" '
+            f'fill="{colour}" fill-opacity="{1 if known else 0.25}"><title>{label}</title></rect>'
+        )
+    total = len(bars) * width
+    line = f'<line x1="0" x2="{total}" y1="{y(stats.threshold):.1f}" y2="{y(stats.threshold):.1f}" stroke="#e76f51"/>'
+    caption = "distance in each call of the last run: dark computed, green hit; line: threshold"
+    return (
+        f'<svg width="{total}" height="{height}" role="img" aria-label="{caption}">{"".join(bars)}{line}</svg>'
+        f"<div><small>{caption}</small></div>"
+    )
+
+
+def _top(stats: CacheStats) -> float:
+    """The plot's upper end: the largest distance, and the threshold if it is near enough to be shown."""
+    distances = [value for call in stats.last_run for value in call.distances if math.isfinite(value)]
+    largest = max(distances, default=1.0) or 1.0
+    return max(largest, stats.threshold) if stats.threshold <= 3 * largest else largest
