@@ -84,6 +84,14 @@ def run(
     return pipe(**(embeds(batch) | arguments | {"generator": generator} | more)).images
 
 
+def attributes(pipe: Any) -> dict[tuple[str, str], int]:
+    """Every instance attribute of the pipe, its scheduler and all modules, by identity."""
+    owners: dict[str, Any] = {"pipe": pipe, "scheduler": pipe.scheduler}
+    for part in ("transformer", "vae"):
+        owners |= {f"{part}.{name}": module for name, module in getattr(pipe, part).named_modules()}
+    return {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
+
+
 @pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])
 def flux_class(request: pytest.FixtureRequest) -> type:
     return request.param

@@ -5,24 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe, run
+from conftest import attributes, make_pipe, run
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import fluxfire
-
-
-def attributes(pipe: Any) -> dict[tuple[str, str], int]:
-    """Every instance attribute of the pipe, its scheduler and all modules, by identity."""
-    owners: dict[str, Any] = {"pipe": pipe, "scheduler": pipe.scheduler}
-    for part in ("transformer", "vae"):
-        owners |= {f"{part}.{name}": module for name, module in getattr(pipe, part).named_modules()}
-    return {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
 
 
 def test_undo_restores_every_attribute(pipe: Any) -> None:
@@ -211,23 +201,3 @@ def test_the_report_says_first_whether_pictures_differ(pipe: Any) -> None:
     fluxfire.restore_pipeline(pipe)
     fluxfire.optimize_pipeline(pipe, cache_threshold=None)
     assert "up to rounding" in str(fluxfire.report(pipe)).splitlines()[0]
-
-
-def test_import_asks_no_gpu_and_loads_no_pipeline() -> None:
-    code = (
-        "import sys, torch, fluxfire\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "assert not any(name.startswith('diffusers') for name in sys.modules), 'diffusers was imported'\n"
-        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_public_names_are_pinned() -> None:
-    assert fluxfire.__all__ == sorted(fluxfire.__all__)
-    assert set(fluxfire.__all__) == {
-        *("ArgumentError", "CopyError", "FluxfireError", "NotFluxError", "NotOptimizedError", "StepError", "UndoError"),
-        *("CacheCall", "CacheStats", "CompileStats", "Plan", "Report", "Skip", "Step", "__version__"),
-        *("apply_cache", "apply_compile", "cache_stats", "check_cache", "check_compile", "set_cache_threshold"),
-        *("optimize_pipeline", "plan_pipeline", "report", "restore_pipeline"),
-    }

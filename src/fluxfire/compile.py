@@ -170,7 +170,9 @@ def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            return "found no working Triton, needed to compile for a GPU (compute capability >= 7.0): pip install triton"
+            return (
+                "found no working Triton, needed to compile for a GPU (compute capability 7.0 on): pip install triton"
+            )
     return None
 
 

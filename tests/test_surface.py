@@ -1,0 +1,91 @@
+"""The shape of the package, watched: public names, size of the core, who imports whom, what an import does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fluxfire
+from fluxfire.optimize import RECIPES
+from fluxfire.plan import CONFLICTS, ORDER, REQUIRES
+
+CORE = Path(fluxfire.__file__).parent
+FILES = sorted(path for path in CORE.glob("*.py") if path.name != "cli.py")
+PARTS = {"errors", "plan", "patches", "blocks", "run", "stats"}  # what steps are made of; the rest are steps
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of fluxfire that a file imports, also inside functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.removeprefix("fluxfire.") for name in modules if name.startswith("fluxfire.")}
+
+
+def test_public_names_are_pinned() -> None:
+    assert fluxfire.__all__ == sorted(fluxfire.__all__)
+    assert set(fluxfire.__all__) == {
+        *("ArgumentError", "CopyError", "FluxfireError", "NotFluxError", "NotOptimizedError", "StepError", "UndoError"),
+        *("CacheCall", "CacheStats", "CompileStats", "Plan", "Report", "Skip", "Step", "__version__"),
+        *("apply_cache", "apply_compile", "cache_stats", "check_cache", "check_compile", "set_cache_threshold"),
+        *("optimize_pipeline", "plan_pipeline", "report", "restore_pipeline"),
+    }
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in fluxfire.__all__:
+        assert name == "__version__" or getattr(fluxfire, name).__doc__, name
+
+
+def test_the_core_stays_small() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 300} == {}
+    assert sum(lines.values()) <= 2600
+
+
+def test_functions_stay_short() -> None:
+    """40 lines of code; the docstring is apart."""
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body and node.end_lineno is not None and node.end_lineno - body[0].lineno + 1 > 40:
+                    long.append(f"{path.name}:{node.name}")
+    assert long == []
+
+
+def test_steps_do_not_import_each_other() -> None:
+    techniques = {"cache": {"first_block", "paraattn"}}  # a step and the files of its technique
+    steps = {path.stem for path in FILES} - PARTS - {"__init__", "optimize"}
+    for path in FILES:
+        if path.stem in steps:
+            allowed = PARTS | techniques.get(path.stem, set())
+            assert imports(path) <= allowed, path.name
+
+
+def test_every_step_has_its_check_and_its_place() -> None:
+    assert set(RECIPES) <= set(ORDER)
+    for name, recipe in RECIPES.items():
+        assert recipe.apply.__name__ == f"apply_{name}" and recipe.check.__name__ == f"check_{name}"
+        assert recipe.apply.__doc__.splitlines()[0].endswith(("Lossless.", "Approximate."))
+        assert recipe.apply.__doc__.splitlines()[0].endswith(f"{recipe.kind.capitalize()}.")
+
+
+def test_conflicts_and_needs_name_steps_in_order() -> None:
+    for conflict in CONFLICTS:
+        assert ORDER.index(conflict.first) < ORDER.index(conflict.second)
+        assert conflict.reason
+    for needy, needed, reason in REQUIRES:
+        assert ORDER.index(needed) < ORDER.index(needy) and reason
+
+
+def test_import_asks_no_gpu_and_loads_no_pipeline() -> None:
+    code = (
+        "import sys, torch, fluxfire\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not any(name.startswith('diffusers') for name in sys.modules), 'diffusers was imported'\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
