@@ -17,6 +17,17 @@ from diffusers import (
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other on a busy machine
 
+# Settings of every step with which pairs are exact and quick.
+PAIR_KNOBS: dict[str, dict[str, Any]] = {
+    "compile": {"backend": "eager", "vae": True},
+    "cache": {"threshold": 0},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the generated tables of docs/ anew")
+
+
 TEXT_TOKENS, CHANNELS, POOLED = 7, 32, 16
 
 

@@ -2,7 +2,9 @@
 
 Everything that depends on a family's tensors stands here; `run.py` and `cache.py` speak of streams and tokens only.
 
-Shapes: B samples, T text tokens, L image tokens (noise tokens first, then those of a reference picture), D channels.
+Shapes: B samples, T text tokens, L image tokens (noise and reference pictures), D channels. A block takes and returns
+either two streams, `encoder_hidden_states` (B, T, D) and `hidden_states` (B, L, D), or one of both, (B, T + L, D), as
+FLUX.2's single blocks do.
 """
 
 from __future__ import annotations
@@ -38,18 +40,25 @@ class Family:
         extra = (inputs.get("joint_attention_kwargs") or {}).get("ip_adapter_image_embeds")
         return tensors + list(_tensors(extra))
 
+    def splits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the samples of this denoiser call can be computed apart: not where a key-value cache is passed on."""
+        return inputs.get("kv_cache") is None
+
     def rows(self, arguments: Mapping[str, Any], rows: torch.Tensor, batch: int) -> dict[str, Any]:
         """The arguments of a block for some samples only: `rows` of everything that holds one for each of `batch`."""
         return {
             name: _rows(value, rows, batch) if name in self.per_sample else value for name, value in arguments.items()
         }
 
-    def noise_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """How many of the first image tokens are noise; the rest belong to reference pictures. One device transfer.
+    def noise_tokens(self, inputs: Mapping[str, Any]) -> int | None:
+        """How many of the first image tokens are noise; the others belong to reference pictures. One device transfer.
 
-        The first position id is 0 for noise tokens and counts up for reference pictures (Kontext).
+        The first position id is 0 for noise tokens and counts up for reference pictures (Kontext, FLUX.2). None for
+        the call that only fills Klein-KV's key-value cache: it has the references first and is made once a run.
         """
-        ids = inputs["img_ids"]  # (L, 3), or the deprecated (B, L, 3)
+        if inputs.get("kv_cache_mode") == "extract":
+            return None
+        ids = inputs["img_ids"]  # (L, 3), (B, L, 3), (L, 4) or (B, L, 4)
         noise = ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0
         count, leading = torch.stack([noise.sum(), noise.long().cumprod(0).sum()]).tolist()
         # Anything but noise first, references after is unknown to us: then all tokens count.
@@ -63,6 +72,13 @@ FAMILIES: Final = (
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         conditioning=("encoder_hidden_states", "pooled_projections"),
         per_sample=("temb", "joint_attention_kwargs"),
+    ),
+    Family(
+        name="FLUX.2",
+        denoiser_class="Flux2Transformer2DModel",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        conditioning=("encoder_hidden_states",),
+        per_sample=("temb_mod_img", "temb_mod_txt", "temb_mod", "joint_attention_kwargs"),
     ),
 )
 

@@ -28,7 +28,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 
@@ -38,7 +38,8 @@ from fluxfire.run import Call, RunReader
 from fluxfire.stats import CacheCall, CacheStats
 
 Batch = Literal["sample", "any"]
-Streams = tuple[torch.Tensor, torch.Tensor]  # (encoder_hidden_states (B, T, D), hidden_states (B, L, D))
+# What a block returns: (encoder_hidden_states (B, T, D), hidden_states (B, L, D)), or both as one (B, T + L, D).
+Streams = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 
 @dataclass(slots=True)
@@ -106,46 +107,52 @@ class FirstBlockCache:
 
     def around_leader(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
         """Always computed; decides for the whole call."""
-        encoder, out = block(**arguments)
+        streams = block(**arguments)
         if present := self._present:
-            present.leader_out = out
+            present.leader_out = _image(streams)
             self._decide(present, arguments["hidden_states"])
-        return encoder, out
+        return streams
 
     def around_follower(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
         """Computes the samples that missed and hands the others on."""
         present = self._present
         if present is None or not any(present.hits):
             return block(**arguments)
-        encoder, hidden = arguments["encoder_hidden_states"], arguments["hidden_states"]
-        if present.missed is None:
-            return encoder, hidden
-        encoder_out, out = block(**self._rows_that_missed(present.missed, arguments))
-        return encoder.index_copy(0, present.missed, encoder_out), hidden.index_copy(0, present.missed, out)
+        missed, names = present.missed, ("encoder_hidden_states", "hidden_states")
+        given = tuple(arguments[name] for name in names if arguments.get(name) is not None)
+        if missed is not None:
+            computed = block(**self._rows_that_missed(missed, arguments))
+            rows = (computed,) if isinstance(computed, torch.Tensor) else computed
+            given = tuple(all_.index_copy(0, missed, some) for all_, some in zip(given, rows, strict=True))
+        return cast(Streams, given if len(given) == 2 else given[0])
 
     def around_last(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
         """A follower whose output is the leader's plus `rest`: the kept one on a hit, a new one to keep on a miss."""
-        encoder, out = self.around_follower(block, arguments)
+        streams = self.around_follower(block, arguments)
         present = self._present
         if present is None or present.call.state is None or self.threshold == 0:
-            return encoder, out
-        kept, n, leader_out = present.call.state, present.call.noise_tokens, present.leader_out
+            return streams
+        kept, n, leader_out, out = present.call.state, present.call.noise_tokens, present.leader_out, _image(streams)
         assert leader_out is not None
+        text = out.shape[1] - leader_out.shape[1] if isinstance(streams, torch.Tensor) else 0  # before the image tokens
+        noise = slice(text, text + n)
         if not any(present.hits):
-            kept.rest = out[:, :n] - leader_out[:, :n]
-            return encoder, out
+            kept.rest = out[:, noise] - leader_out[:, :n]
+            return streams
         assert kept.rest is not None
-        if present.missed is not None:
-            rest = out[present.missed, :n] - leader_out[present.missed, :n]
-            kept.rest = kept.rest.index_copy(0, present.missed, rest)
-        noise = leader_out[:, :n] + kept.rest
-        if present.missed is not None:  # to the bit what the block gave, not leader + (block - leader)
-            noise = noise.index_copy(0, present.missed, out[present.missed, :n])
-        return encoder, noise if n == out.shape[1] else torch.cat([noise, leader_out[:, n:]], dim=1)
+        if (missed := present.missed) is not None:
+            kept.rest = kept.rest.index_copy(0, missed, out[missed, noise] - leader_out[missed, :n])
+        result = leader_out[:, :n] + kept.rest
+        if missed is not None:  # to the bit what the block gave, not leader + (block - leader)
+            result = result.index_copy(0, missed, out[missed, noise])
+        if n < out.shape[1]:  # text and reference tokens have no output: any values of the right shape
+            result = torch.cat([out[:, :text], result, out[:, text + n :]], dim=1)
+        return result if isinstance(streams, torch.Tensor) else (streams[0], result)
 
     def _rows_that_missed(self, missed: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
         batch = arguments["hidden_states"].shape[0]
-        streams = {name: arguments[name][missed] for name in ("hidden_states", "encoder_hidden_states")}
+        names = [name for name in ("hidden_states", "encoder_hidden_states") if arguments.get(name) is not None]
+        streams = {name: arguments[name][missed] for name in names}
         return self._family.rows(arguments, missed, batch) | streams
 
     def _decide(self, present: _Present, x: torch.Tensor) -> None:
@@ -158,17 +165,17 @@ class FirstBlockCache:
             first = present.leader_out[:, : call.noise_tokens] - x[:, : call.noise_tokens]
             if kept.rest is not None and kept.first is not None and kept.size is not None:
                 distances = tuple((_sum_abs(first - kept.first) / kept.size).tolist())
-                present.hits = self._hits_of(call.step, distances, kept.consecutive_hits)
+                present.hits = self._hits_of(call, distances, kept.consecutive_hits)
             self._keep_first(kept, first, present)
         self._record(CacheCall(call.step, call.branch, present.hits, distances), call.run)
 
-    def _hits_of(self, step: int, distances: tuple[float, ...], consecutive: list[int]) -> tuple[bool, ...]:
+    def _hits_of(self, call: Call[_Kept], distances: tuple[float, ...], consecutive: list[int]) -> tuple[bool, ...]:
         limit = math.inf if self._max_consecutive_hits is None else self._max_consecutive_hits
         hits = tuple(
-            step >= self._warmup_steps and distance < self.threshold and count < limit
+            call.step >= self._warmup_steps and distance < self.threshold and count < limit
             for distance, count in zip(distances, consecutive, strict=True)
         )
-        return (all(hits),) * len(hits) if self._batch == "any" else hits
+        return hits if self._batch == "sample" and call.splits else (all(hits),) * len(hits)
 
     def _keep_first(self, kept: _Kept, first: torch.Tensor, present: _Present) -> None:
         """Keeps the first residual of the samples that missed."""
@@ -202,6 +209,10 @@ def _by_name(block: torch.nn.Module, around: Callable[..., Streams]) -> Callable
         return around(forward, dict(zip(names, args, strict=False)) | kwargs)
 
     return call
+
+
+def _image(streams: Streams) -> torch.Tensor:
+    return streams if isinstance(streams, torch.Tensor) else streams[1]
 
 
 def _sum_abs(x: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,15 @@ class Call(Generic[State]):
     step: int  # denoising steps of this run before this one
     branch: int
     noise_tokens: int
-    state: State | None  # what is kept for this branch; None for a call that is no part of a run
+    splits: bool  # whether its samples can be computed apart
+    state: State | None  # what is kept for this branch; None for a call that can neither hit nor be compared with
 
 
 @dataclass(slots=True)
 class _Branch(Generic[State]):
     conditioning: list[tuple[weakref.ref[torch.Tensor], int]]
     layout: tuple[object, ...]
+    noise_tokens: int
     state: State
 
 
@@ -79,7 +81,6 @@ class RunReader(Generic[State]):
         self._step_key: object = self  # equal to no step index
         self._step = -1
         self._ordinal = 0
-        self._noise: tuple[weakref.ref[torch.Tensor], int] | None = None
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[State]:
         """Places the denoiser call with these arguments."""
@@ -93,9 +94,9 @@ class RunReader(Generic[State]):
         if key != self._step_key:
             self._step_key, self._step, self._ordinal = key, self._step + 1, 0
         branch, self._ordinal = self._ordinal, self._ordinal + 1
-        if branch >= MAX_BRANCHES:
-            return Call(self._run, self._step, branch, 0, None)
-        return Call(self._run, self._step, branch, self._noise_tokens(inputs), self._open(branch, inputs))
+        known = self._open(branch, inputs) if branch < MAX_BRANCHES else None
+        noise_tokens, state = (known.noise_tokens, known.state) if known else (0, None)
+        return Call(self._run, self._step, branch, noise_tokens, self._family.splits(inputs), state)
 
     def states(self) -> list[State]:
         """What is kept now, branch by branch."""
@@ -111,23 +112,19 @@ class RunReader(Generic[State]):
             return scheduler.step_index
         return inputs["timestep"].flatten()[0].item()  # one more device transfer a call
 
-    def _open(self, branch: int, inputs: Mapping[str, Any]) -> State:
-        """The state of this branch: an empty one if anything tells that the last call was of another kind."""
+    def _open(self, branch: int, inputs: Mapping[str, Any]) -> _Branch[State] | None:
+        """What is kept of this branch: nothing if anything tells that the last call was of another kind."""
         x = inputs["hidden_states"]
-        layout = (x.shape, x.dtype, x.device, inputs["encoder_hidden_states"].shape)
+        layout = (x.shape, x.dtype, x.device, inputs["encoder_hidden_states"].shape, inputs["img_ids"].shape)
         tensors = self._family.conditioning_tensors(inputs)
         known = self._branches.get(branch)
         if known is None or known.layout != layout or not _same(known.conditioning, tensors):
+            noise_tokens = self._family.noise_tokens(inputs)  # a device transfer, so once a run and not once a call
+            if noise_tokens is None:
+                return None
             conditioning = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
-            known = self._branches[branch] = _Branch(conditioning, layout, self._new_state())
-        return known.state
-
-    def _noise_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Counted once for each ids tensor, since the count costs a device transfer."""
-        ids = inputs["img_ids"]
-        if self._noise is None or self._noise[0]() is not ids:
-            self._noise = weakref.ref(ids), self._family.noise_tokens(inputs)
-        return self._noise[1]
+            known = self._branches[branch] = _Branch(conditioning, layout, noise_tokens, self._new_state())
+        return known
 
 
 def _same(known: list[tuple[weakref.ref[torch.Tensor], int]], tensors: list[torch.Tensor]) -> bool:
