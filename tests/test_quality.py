@@ -59,7 +59,7 @@ def test_more_noise_is_further_away():
         (np.zeros((16, 16, 3)), np.zeros((16, 17, 3)), "one shape and type"),
         (np.zeros((16, 16, 3)), np.zeros((16, 16, 3), np.float32), "one shape and type"),
         (np.zeros((16, 16, 3), np.int64), np.zeros((16, 16, 3), np.int64), "found pictures of int64"),
-        (np.zeros((16, 16, 3)), np.full((16, 16, 3), 1.5), "from 0.0 to 1.5"),
+        (np.zeros((16, 16, 3)), np.full((16, 16, 3), 1.5), "found values from 1.5 to 1.5"),
         (np.zeros((16, 16, 3)), np.full((16, 16, 3), math.nan), "to nan"),
     ],
     ids=["grey", "shapes", "dtypes", "integers", "range", "nan"],
