@@ -109,6 +109,8 @@ def test_forced_hits_skip_all_blocks_but_the_first(case: Any) -> None:
 def test_a_hit_is_the_first_block_plus_the_kept_rest(case: Any) -> None:
     """The same residual twice: with the denoiser's inputs unchanged, a hit gives what was computed."""
     pipe, more = case
+    if isinstance(pipe, Flux2KleinKVPipeline) and more["image"]:
+        pytest.skip("the pipeline empties its key-value cache at the end of the run")
     seen: list[tuple[dict[str, Any], Any]] = []
     pipe.transformer.register_forward_hook(lambda _m, _a, kwargs, out: seen.append((kwargs, out[0])), with_kwargs=True)
     fluxfire.apply_cache(pipe, math.inf)
@@ -126,7 +128,7 @@ def test_a_hit_is_the_first_block_plus_the_kept_rest(case: Any) -> None:
 
 def test_a_batch_splits_unless_a_key_value_cache_is_passed_on(case: Any) -> None:
     pipe, more = case
-    more = {name: value for name, value in more.items() if name == "image"}
+    more = {"image": more["image"]} | ({} if isinstance(pipe, Flux2KleinKVPipeline) else {"guidance_scale": 1.0})
     fluxfire.apply_cache(pipe, 1e-9)
     run(pipe, batch=3, **more)
     first = next(call for call in fluxfire.cache_stats(pipe).last_run if not math.isnan(call.distances[0]))
@@ -137,10 +139,8 @@ def test_a_batch_splits_unless_a_key_value_cache_is_passed_on(case: Any) -> None
     assert split == (not (isinstance(pipe, Flux2KleinKVPipeline) and more["image"]))
 
 
-def test_compiled_by_block_it_is_two_graphs(case: Any) -> None:
+def test_compiled_by_block_it_is_two_graphs_and_two_more_where_a_key_value_cache_is_filled(case: Any) -> None:
     pipe, more = case
-    if isinstance(pipe, Flux2KleinKVPipeline) and more["image"]:
-        pytest.skip("the key-value cache is written inside the blocks: see the compatibility table")
     torch._dynamo.reset()
     baseline = run(pipe, **more)
     fluxfire.apply_compile(pipe, backend="eager")
@@ -148,4 +148,5 @@ def test_compiled_by_block_it_is_two_graphs(case: Any) -> None:
     assert torch.allclose(run(pipe, **more), baseline, rtol=1e-5, atol=1e-5)
     run(pipe, **more | {"height": 96, "width": 64})
     stats = fluxfire.report(pipe).compile
-    assert stats is not None and (stats.graphs, stats.graph_breaks) == (2, 0)
+    fills = isinstance(pipe, Flux2KleinKVPipeline) and more["image"]
+    assert stats is not None and (stats.graphs, stats.graph_breaks) == (4 if fills else 2, 0)
