@@ -345,3 +345,89 @@ def test_a_denoiser_of_one_block_is_refused() -> None:
     pipe = make_pipe(FluxPipeline, blocks=(1, 0))
     with pytest.raises(fluxfire.StepError, match="at least 2"):
         fluxfire.apply_cache(pipe)
+
+
+def denoiser_inputs(pipe: Any, batch: int = 1) -> dict[str, Any]:
+    """The arguments of one denoiser call of a run."""
+    seen: dict[str, Any] = {}
+    hook = pipe.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
+    run(pipe, steps=1, batch=batch)
+    hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def twice(pipe: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same call at two steps of a run: computed, then (with an infinite threshold) a hit."""
+    pipe.scheduler.set_timesteps(4, mu=1.0)
+    outputs = []
+    for step in range(2):
+        pipe.scheduler._step_index = step
+        outputs.append(pipe.transformer(**inputs)[0])
+    assert decisions(pipe) == [(False,) * outputs[0].shape[0], (True,) * outputs[0].shape[0]]
+    return outputs[0], outputs[1]
+
+
+@pytest.mark.parametrize("lists", ["controlnet_block_samples", "controlnet_single_block_samples", "both"])
+def test_controlnet_residuals_are_not_added_twice_on_a_hit(lists: str) -> None:
+    """On equal inputs a hit must give what was computed, whatever is added between the blocks and after the last."""
+    pipe = make_pipe(FluxPipeline, blocks=(3, 4))
+    inputs = denoiser_inputs(pipe)
+    generator = torch.Generator().manual_seed(7)
+    samples = [torch.randn(1, 8 * 12, 32, generator=generator) for _ in range(2)]
+    names = ("controlnet_block_samples", "controlnet_single_block_samples")
+    control = {name: samples for name in names if lists in (name, "both")}
+    plain = pipe.transformer(**inputs)[0]
+    fluxfire.apply_cache(pipe, math.inf)
+    computed, hit = twice(pipe, inputs | control)
+    assert (computed - plain).norm() > 0.1 * plain.norm(), "the residuals must matter, or this shows nothing"
+    assert torch.allclose(hit, computed, rtol=1e-4, atol=1e-5)
+
+
+def test_ip_adapter_rows_follow_their_samples() -> None:
+    """Samples that miss are computed with their own picture's tokens; another picture in mid-run is a miss."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = make_pipe(FluxPipeline)
+    torch.manual_seed(4)
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 32, num_tokens=(3,), scale=1.0))
+    pipe.transformer.encoder_hid_proj = torch.nn.Identity()
+    inputs = denoiser_inputs_with_pictures(pipe, batch=3)
+    with torch.no_grad():
+        alone = pipe.transformer(**inputs)[0]
+    fluxfire.apply_cache(pipe, math.inf)
+    pipe.scheduler.set_timesteps(4, mu=1.0)
+    state = fluxfire.patches.handle_of(pipe).states["cache"]
+    with torch.no_grad():
+        pipe.scheduler._step_index = 0
+        pipe.transformer(**inputs)
+        kept = state._reader._branches[0].state
+        kept.first[1] *= 5  # the middle sample is now far from what is kept: it alone misses
+        state.threshold = 0.5
+        pipe.scheduler._step_index = 1
+        mixed = pipe.transformer(**inputs)[0]
+    assert decisions(pipe)[-1] == (True, False, True)
+    assert torch.allclose(mixed, alone, rtol=1e-4, atol=1e-5)
+    other = inputs | {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(3, 3, 32)]}}
+    with torch.no_grad():
+        pipe.scheduler._step_index = 2
+        pipe.transformer(**other)
+    assert decisions(pipe)[-1] == (False, False, False)
+
+
+def denoiser_inputs_with_pictures(pipe: Any, batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(8)
+    pictures = [torch.randn(batch, 3, 32, generator=generator)]
+    prompt = embeds(batch)
+    return {
+        "hidden_states": torch.randn(batch, 8 * 12, 16, generator=generator),
+        "encoder_hidden_states": prompt["prompt_embeds"],
+        "pooled_projections": prompt["pooled_prompt_embeds"],
+        "timestep": torch.full((batch,), 0.5),
+        "guidance": torch.full((batch,), 3.5),
+        "img_ids": pipe._prepare_latent_image_ids(batch, 8, 12, "cpu", torch.float32),
+        "txt_ids": torch.zeros(7, 3),
+        "joint_attention_kwargs": {"ip_adapter_image_embeds": pictures},
+        "return_dict": False,
+    }

@@ -21,6 +21,8 @@ torch's settings are changed only while an optimized denoiser runs: nothing glob
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -241,9 +243,9 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, dict) and not value:
         return None
-    if not isinstance(value, torch.Tensor) or value.requires_grad:
+    if not isinstance(value, torch.Tensor) or value.requires_grad or not value.ndim:
         return value
-    canonical = torch.empty(value.shape, device="meta").stride()
+    canonical = tuple(itertools.accumulate(reversed(value.shape[1:]), operator.mul, initial=1))[::-1]
     if not value._is_view() and value.stride() == canonical:
         return value
     if not value.is_contiguous():
