@@ -8,6 +8,7 @@ denoising steps, decoding.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -104,16 +106,13 @@ def medians(pairs: Sequence[Pair]) -> dict[str, float]:
 
 def example_jobs(count: int) -> tuple[Job, ...]:
     """The first `count` pictures from text and as many edits, of the embedded model's committed lists."""
-    import json
-
-    from fluxfire import demo as embedded
-
-    lists = json.loads((embedded.HERE / "prompts.json").read_text())
-    return tuple(
-        Job(kind, case["prompt"], case["seed"], None if kind == "text" else embedded.reference(case))
-        for kind, key in (("text", "t2i"), ("edit", "edit"))
-        for case in lists[key]["cases"][:count]
-    )
+    folder = Path(__file__).parent
+    lists = json.loads((folder / "prompts.json").read_text())
+    jobs = [Job("text", case["prompt"], case["seed"]) for case in lists["t2i"]["cases"][:count]]
+    for case in lists["edit"]["cases"][:count]:
+        reference = Image.open(folder / "references" / f"{case['name']}-{case['source']}.png").convert("RGB")
+        jobs.append(Job("edit", case["prompt"], case["seed"], reference))
+    return tuple(jobs)
 
 
 def environment(pipe: Any) -> dict[str, Any]:
