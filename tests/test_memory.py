@@ -16,7 +16,7 @@ from conftest import attributes, embeds, make_pipe, picture, run
 from diffusers import FluxKontextPipeline, FluxPipeline
 
 import fluxfire
-from fluxfire.memory import (
+from fluxfire import (
     apply_memory_format,
     apply_offload,
     apply_vae_tiling,

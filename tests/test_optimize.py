@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from typing import Any
@@ -34,7 +35,7 @@ def test_undo_restores_every_attribute(pipe: Any) -> None:
 def test_a_plan_touches_nothing(pipe: Any) -> None:
     before = attributes(pipe)
     plan = fluxfire.plan_pipeline(pipe)
-    assert [step.name for step in plan.steps] == ["compile", "cache"]
+    assert [step.name for step in plan.steps] == ["memory_format", "compile", "cache"]
     assert attributes(pipe) == before
     with pytest.raises(AttributeError):
         plan.steps = ()  # type: ignore[misc]
@@ -49,11 +50,15 @@ def test_optimize_returns_the_same_pipe_and_does_what_the_plan_says(pipe: Any) -
 
 
 def test_dials_leave_steps_out(pipe: Any) -> None:
-    assert fluxfire.plan_pipeline(pipe, cache_threshold=None, compile=False).steps == ()
-    assert [step.name for step in fluxfire.plan_pipeline(pipe, cache_threshold=None).steps] == ["compile"]
-    assert [step.name for step in fluxfire.plan_pipeline(pipe, compile=False).steps] == ["cache"]
-    (compile_step,) = fluxfire.plan_pipeline(pipe, cache_threshold=None, compile="max-autotune-no-cudagraphs").steps
-    assert dict(compile_step.settings)["mode"] == "max-autotune-no-cudagraphs"
+    nothing = {"cache_threshold": None, "compile": False, "memory_format": False}
+    assert fluxfire.plan_pipeline(pipe, **nothing).steps == ()
+    asked: dict[str, Any] = {"cache_threshold": 0, "compile": True, "memory_format": True, "vae_tiling": True}
+    names = {"cache_threshold": "cache"}
+    for dial, value in asked.items():
+        (step,) = fluxfire.plan_pipeline(pipe, **nothing | {dial: value}).steps
+        assert step.name == names.get(dial, dial)
+    (step,) = fluxfire.plan_pipeline(pipe, **nothing | {"compile": "max-autotune-no-cudagraphs"}).steps
+    assert dict(step.settings)["mode"] == "max-autotune-no-cudagraphs"
 
 
 @pytest.mark.parametrize("arguments", [{"cache_threshold": -1}, {"compile": "fast"}, {"compile": 3}])
@@ -120,6 +125,12 @@ def test_a_copy_of_a_patched_module_is_refused_with_the_way_out(pipe: Any) -> No
     copy.deepcopy(pipe.transformer)
 
 
+def test_a_copy_is_refused_also_where_no_method_is_wrapped(pipe: Any) -> None:
+    fluxfire.apply_memory_format(pipe)
+    with pytest.raises(fluxfire.CopyError, match="restore_pipeline"):
+        copy.deepcopy(pipe)
+
+
 def test_restore_under_a_hook_of_accelerate(pipe: Any) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
@@ -148,6 +159,18 @@ def test_restore_under_a_hook_of_diffusers(pipe: Any) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
     fluxfire.restore_pipeline(pipe)
     assert torch.equal(run(pipe), baseline)
+
+
+def test_restore_under_a_group_offload_of_the_user(pipe: Any) -> None:
+    baseline = run(pipe)
+    fluxfire.optimize_pipeline(pipe, compile=False)
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+    hooks = [
+        module._diffusers_hook.hooks for module in pipe.transformer.modules() if hasattr(module, "_diffusers_hook")
+    ]
+    assert any("group_offloading" in names for names in hooks), "the user's offload must stay"
 
 
 def test_a_foreign_wrapper_is_named_and_kept(pipe: Any) -> None:
@@ -194,10 +217,12 @@ def test_the_report_says_first_whether_pictures_differ(pipe: Any) -> None:
     fluxfire.optimize_pipeline(pipe, compile=False)
     run(pipe)
     report = fluxfire.report(pipe)
-    assert str(report).splitlines()[0].startswith("pictures  approximate, because of cache")
+    assert str(report).split()[:5] == ["pictures", "approximate,", "because", "of", "cache;"]
     assert "unmeasured here for FLUX.1" in str(report)
     assert "6 denoiser calls" in str(report)
     assert report._repr_html_().count("<tr>") == len(report.rows())
+    assert report._repr_html_().count("<rect") == 6
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["cache"]["computed"] + report.cache.hits == 6
     fluxfire.restore_pipeline(pipe)
     fluxfire.optimize_pipeline(pipe, cache_threshold=None)
     assert "up to rounding" in str(fluxfire.report(pipe)).splitlines()[0]

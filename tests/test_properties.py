@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import attributes, make_pipe, run
+from conftest import PAIR_KNOBS, attributes, make_pipe, run
 from diffusers import FluxKontextPipeline, FluxPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,9 @@ from fluxfire.plan import ORDER
 
 # Settings to draw from for every step; lossless ones are held to the tolerance.
 KNOBS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "memory_format": st.just({}),
+    "vae_tiling": st.just({}),
+    "offload": st.fixed_dictionaries({"kind": st.sampled_from(["model", "group"]), "device": st.just("cpu")}),
     "compile": st.fixed_dictionaries({"backend": st.just("eager"), "dynamic": st.booleans(), "vae": st.booleans()}),
     "cache": st.fixed_dictionaries(
         {
@@ -88,7 +91,7 @@ def test_steps_with_compile_are_undone_to_the_bit(cls: type, batch: int, chosen:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_step_is_refused_twice(name: str) -> None:
     pipe = make_pipe(FluxPipeline)
-    knobs = {"compile": {"backend": "eager"}}.get(name, {})
+    knobs = PAIR_KNOBS[name]
     RECIPES[name].apply(pipe, **knobs)
     present = attributes(pipe)
     with pytest.raises(fluxfire.StepError, match="applied already"):

@@ -17,6 +17,8 @@ from fluxfire.errors import (
     StepError,
     UndoError,
 )
+from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
+from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
 from fluxfire.stats import CacheCall, CacheStats, CompileStats, Report
@@ -41,9 +43,15 @@ __all__ = [
     "__version__",
     "apply_cache",
     "apply_compile",
+    "apply_memory_format",
+    "apply_offload",
+    "apply_vae_tiling",
     "cache_stats",
     "check_cache",
     "check_compile",
+    "check_memory_format",
+    "check_offload",
+    "check_vae_tiling",
     "optimize_pipeline",
     "plan_pipeline",
     "report",

@@ -83,6 +83,9 @@ FAMILIES: Final = (
 )
 
 
+GROUP_HOOKS: Final = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+
+
 def denoiser_of(pipe: Any) -> Any:
     """The pipeline's denoiser.
 
@@ -119,6 +122,22 @@ def wrapped_by(block: torch.nn.Module) -> str | None:
     if "forward" in vars(block):
         return f"{type(vars(block)['forward']).__module__} (a hook or an offload)"
     return None
+
+
+def offload_hook(module: torch.nn.Module) -> str | None:
+    """The first hook of accelerate, or of diffusers' group offload, on the module or below it."""
+    for part in module.modules():
+        if hook := vars(part).get("_hf_hook"):
+            return type(hook).__name__
+        if hooks := group_hooks(part):
+            return hooks[0]
+    return None
+
+
+def group_hooks(module: torch.nn.Module) -> list[str]:
+    """The names of diffusers' group offload's hooks on this module."""
+    registry = vars(module).get("_diffusers_hook")
+    return [name for name in getattr(registry, "hooks", ()) if name in GROUP_HOOKS]
 
 
 def _rows(value: Any, rows: torch.Tensor, batch: int) -> Any:

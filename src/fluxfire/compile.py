@@ -160,7 +160,7 @@ def _targets(pipe: Any, scope: str, vae: bool) -> list[torch.nn.Module]:
 
 def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
     device = next(denoiser.parameters()).device.type
-    if device == "cpu":
+    if device == "cpu" and not torch.accelerator.is_available():  # else it may wait there for its accelerator
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 

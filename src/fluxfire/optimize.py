@@ -14,6 +14,8 @@ from fluxfire.blocks import family_of
 from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
+from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
+from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
 from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
 from fluxfire.stats import Report
@@ -27,13 +29,23 @@ class _Recipe:
 
 
 RECIPES: Final = {
+    "memory_format": _Recipe(check_memory_format, apply_memory_format, "lossless"),
     "compile": _Recipe(check_compile, apply_compile, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
+    "vae_tiling": _Recipe(check_vae_tiling, apply_vae_tiling, "approximate"),
+    "offload": _Recipe(check_offload, apply_offload, "lossless"),
 }
 
 
 def plan_pipeline(
-    pipe: Any, *, cache_threshold: float | None = 0.12, compile: bool | str = True, strict: bool = False
+    pipe: Any,
+    *,
+    cache_threshold: float | None = 0.12,
+    compile: bool | str = True,
+    memory_format: bool = True,
+    vae_tiling: bool = False,
+    offload: str | None = None,
+    strict: bool = False,
 ) -> Plan:
     """What `optimize_pipeline` with the same arguments would do. Nothing is touched.
 
@@ -41,6 +53,9 @@ def plan_pipeline(
         pipe: a FLUX pipeline.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        memory_format: the VAE in channels_last (`apply_memory_format`).
+        vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
+        offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         strict: raise for the first step that would be left out.
 
     Raises:
@@ -51,11 +66,14 @@ def plan_pipeline(
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
     family_of(pipe)
-    wanted: dict[str, dict[str, Any]] = {}
-    if compile:
-        wanted["compile"] = {"mode": compile if isinstance(compile, str) else "default"}
-    if cache_threshold is not None:
-        wanted["cache"] = {"threshold": cache_threshold}
+    asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
+        "memory_format": (memory_format, {}),
+        "compile": (compile, {"mode": compile if isinstance(compile, str) else "default"}),
+        "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
+        "vae_tiling": (vae_tiling, {}),
+        "offload": (offload is not None, {"kind": offload}),
+    }
+    wanted = {name: settings for name, (whether, settings) in asked.items() if whether}
     steps: list[Step] = []
     skips: list[Skip] = []
     for name in (name for name in ORDER if name in wanted):
@@ -71,7 +89,14 @@ def plan_pipeline(
 
 
 def optimize_pipeline(
-    pipe: Any, *, cache_threshold: float | None = 0.12, compile: bool | str = True, strict: bool = False
+    pipe: Any,
+    *,
+    cache_threshold: float | None = 0.12,
+    compile: bool | str = True,
+    memory_format: bool = True,
+    vae_tiling: bool = False,
+    offload: str | None = None,
+    strict: bool = False,
 ) -> Any:
     """Makes a FLUX pipeline fast, in place. Approximate.
 
@@ -81,6 +106,9 @@ def optimize_pipeline(
         pipe: a FLUX pipeline, on the device and in the data type in which it will run.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        memory_format: the VAE in channels_last (`apply_memory_format`).
+        vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
+        offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         strict: raise for the first step that cannot be applied, instead of leaving it out and reporting why.
 
     Returns:
@@ -89,7 +117,15 @@ def optimize_pipeline(
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
-    plan = plan_pipeline(pipe, cache_threshold=cache_threshold, compile=compile, strict=strict)
+    plan = plan_pipeline(
+        pipe,
+        cache_threshold=cache_threshold,
+        compile=compile,
+        memory_format=memory_format,
+        vae_tiling=vae_tiling,
+        offload=offload,
+        strict=strict,
+    )
     if handle := handle_of(pipe):
         applied = ", ".join(step.name for step in handle.steps) or "nothing"
         raise StepError(

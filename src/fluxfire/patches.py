@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 
 from fluxfire.blocks import denoiser_of
 from fluxfire.errors import CopyError, StepError, UndoError
-from fluxfire.plan import Handle, Step, refusal
+from fluxfire.plan import COPY, Handle, Step, refusal
 
 MARK: Final = "_fluxfire"
 _MISSING: Final = object()
@@ -45,10 +45,7 @@ class Wrapper:
         return self.around(self.wrapped, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise CopyError(
-            "a module that fluxfire has patched cannot be copied or pickled: the copy would run the original's "
-            "weights. Call fluxfire.restore_pipeline(pipe), copy, then optimize both"
-        )
+        raise CopyError(COPY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +115,9 @@ class Patch:
         if blockers:
             raise UndoError("; ".join(blockers) + ": take that off, then call fluxfire.restore_pipeline(pipe)")
         while len(self._changes) > start:
-            change = self._changes.pop()
+            change = self._changes[-1]
             change.put_back() if isinstance(change, _Attribute) else change()
+            self._changes.pop()  # last: a change that cannot be taken back now can be later
 
 
 def _link(obj: Any, ours: Any) -> tuple[Any, str] | None:

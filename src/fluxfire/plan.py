@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fluxfire.patches import Patch
 
+COPY: Final = (
+    "a module that fluxfire has patched cannot be copied or pickled: the copy would run the original's weights. Call "
+    "fluxfire.restore_pipeline(pipe), copy, then optimize both"
+)
+
 # Steps are applied in this order.
 ORDER: Final = (
     "memory_format",  # first: what is compiled later is compiled for this layout
@@ -26,27 +31,52 @@ ORDER: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Two steps that do not go together, the settings of the first for which that is so (`()`: all), and why."""
+    """Two steps that do not go together with these settings (none named: with any), and why. In `ORDER`."""
 
     first: str
+    first_settings: dict[str, object]
     second: str
-    settings: tuple[tuple[str, object], ...]
+    second_settings: dict[str, object]
     reason: str
+
+    def hits(self, first: Step, second: Step) -> bool:
+        """Whether these two steps, with their settings, are such a pair."""
+        return (
+            (self.first, self.second) == (first.name, second.name)
+            and self.first_settings.items() <= dict(first.settings).items()
+            and self.second_settings.items() <= dict(second.settings).items()
+        )
 
 
 _GRAPHS = (
     "replays CUDA graphs, which overwrite their outputs, and the cache keeps outputs over steps: "
     'use mode="max-autotune-no-cudagraphs" or mode="default"'
 )
+_INSIDE = (
+    'the offload\'s hooks would stand inside a compiled graph, which they break: use kind "model", or "group" by '
+    'blocks with scope="blocks" and vae=False'
+)
 CONFLICTS: Final = (
-    Conflict("compile", "cache", (("mode", "reduce-overhead"),), f'mode "reduce-overhead" {_GRAPHS}'),
-    Conflict("compile", "cache", (("mode", "max-autotune"),), f'mode "max-autotune" {_GRAPHS}'),
+    Conflict("compile", {"mode": "reduce-overhead"}, "cache", {}, f'mode "reduce-overhead" {_GRAPHS}'),
+    Conflict("compile", {"mode": "max-autotune"}, "cache", {}, f'mode "max-autotune" {_GRAPHS}'),
     Conflict(
         "compile",
+        {"scope": "denoiser"},
         "cache",
-        (("scope", "denoiser"),),
+        {},
         "the cache decides between the blocks, on data, and one graph of the whole denoiser has no such place: "
         'use apply_compile(pipe, scope="blocks")',
+    ),
+    Conflict("compile", {"scope": "denoiser"}, "offload", {"kind": "group"}, _INSIDE),
+    Conflict("compile", {"vae": True}, "offload", {"kind": "group"}, _INSIDE),
+    Conflict("compile", {}, "offload", {"kind": "group", "offload_type": "leaf_level"}, _INSIDE),
+    Conflict("compile", {}, "offload", {"kind": "sequential"}, _INSIDE),
+    Conflict(
+        "vae_tiling",
+        {},
+        "offload",
+        {"use_stream": True},
+        "diffusers learns from the first call in which order weights travel, and tiles change it: use_stream=False",
     ),
 )
 
@@ -102,6 +132,9 @@ class Handle:
         default_factory=dict
     )  # step name -> its state: the cache, the compiled graphs' count
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise CopyError(COPY)
+
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
     """Why `new` may not follow the steps `earlier`, or None: its place in `ORDER`, `CONFLICTS`, `REQUIRES`."""
@@ -116,8 +149,7 @@ def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
                 f"then, in this order, {calls}"
             )
         for conflict in CONFLICTS:
-            # Conflicts are written with the step that comes first in ORDER as `first`.
-            if (conflict.first, conflict.second) == (step.name, name) and set(conflict.settings) <= set(step.settings):
+            if conflict.hits(step, new):
                 return conflict.reason
     for needy, needed, reason in REQUIRES:
         if needy == name and all(step.name != needed for step in earlier):
