@@ -1,15 +1,22 @@
-"""The cache as a step: put it on, change its threshold, read its counts. How it works stands in `first_block.py`."""
+"""The cache as a step: put it on, change its threshold, read its counts.
+
+How it works stands in `first_block.py`; `paraattn.py` is the same with ParaAttention's own code deciding.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, Literal
 
 from fluxfire.blocks import denoiser_of, family_of
 from fluxfire.errors import ArgumentError, NotOptimizedError
 from fluxfire.first_block import Batch, FirstBlockCache
+from fluxfire.paraattn import ParaAttnCache, check_paraattn
 from fluxfire.patches import applying, handle_of
 from fluxfire.plan import Step
 from fluxfire.stats import CacheStats
+
+Backend = Literal["fluxfire", "para-attn"]
+BACKENDS: Final = ("fluxfire", "para-attn")
 
 
 def check_cache(
@@ -19,6 +26,7 @@ def check_cache(
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
     batch: Batch = "sample",
+    backend: Backend = "fluxfire",
 ) -> str | None:
     """Why `apply_cache` with these arguments would refuse this pipeline, or None.
 
@@ -35,6 +43,8 @@ def check_cache(
         )
     if batch not in ("sample", "any"):
         raise ArgumentError(f'batch: found {batch!r}, needed "sample" (each decides) or "any" (one miss computes all)')
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend: found {backend!r}, needed one of {', '.join(map(repr, BACKENDS))}")
     denoiser = denoiser_of(pipe)
     blocks = family_of(pipe).blocks(denoiser)
     if len(blocks) < 2:
@@ -46,6 +56,8 @@ def check_cache(
             "found blocks compiled by module.compile() or compile_repeated_blocks(), which would pull the cache's "
             "decision into the graphs: load the pipeline anew and use fluxfire.apply_compile(pipe), then apply_cache"
         )
+    if backend == "para-attn":
+        return check_paraattn(pipe, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits)
     return None
 
 
@@ -56,6 +68,7 @@ def apply_cache(
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
     batch: Batch = "sample",
+    backend: Backend = "fluxfire",
 ) -> Any:
     """First-block cache: skips blocks 2..n where block 1's residual hardly changed. Approximate.
 
@@ -66,6 +79,7 @@ def apply_cache(
         warmup_steps: the first steps of every run that are always computed.
         max_consecutive_hits: most hits in a row for one sample; None for no limit.
         batch: "sample": each sample of a batch decides for itself; "any": one miss computes all.
+        backend: "fluxfire"; or "para-attn", whose own code decides then (one decision a batch): for comparison.
 
     Returns:
         The same pipe.
@@ -73,13 +87,12 @@ def apply_cache(
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
-    knobs = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
-    reason = check_cache(
-        pipe, threshold, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits, batch=batch
-    )
-    step = Step("cache", "approximate", (("threshold", threshold), *knobs.items()))
-    with applying(pipe, step, reason) as handle:
-        cache = FirstBlockCache(pipe, warmup_steps, max_consecutive_hits, batch)
+    own = backend == "fluxfire"
+    knobs: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
+    reason = check_cache(pipe, threshold, batch=batch, backend=backend, **knobs)
+    knobs = knobs | {"batch": batch} if own else {"backend": backend}
+    with applying(pipe, Step("cache", "approximate", (("threshold", threshold), *knobs.items())), reason) as handle:
+        cache = FirstBlockCache(pipe, warmup_steps, max_consecutive_hits, batch) if own else ParaAttnCache(pipe)
         cache.threshold = float(threshold)
         cache.install(handle)
         handle.states["cache"] = cache
@@ -107,10 +120,10 @@ def cache_stats(pipe: Any) -> CacheStats:
     return _cache_of(pipe).stats()
 
 
-def _cache_of(pipe: Any) -> FirstBlockCache:
+def _cache_of(pipe: Any) -> FirstBlockCache | ParaAttnCache:
     handle = handle_of(pipe)
     cache = handle.states.get("cache") if handle else None
-    if not isinstance(cache, FirstBlockCache):
+    if not isinstance(cache, FirstBlockCache | ParaAttnCache):
         raise NotOptimizedError("found no cache on this pipeline: call fluxfire.apply_cache(pipe) first")
     return cache
 

@@ -8,7 +8,9 @@ optimized pipeline and its denoiser carry: what was applied, with the `Patch` th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from fluxfire.errors import CopyError
 
 if TYPE_CHECKING:
     from fluxfire.patches import Patch
@@ -128,9 +130,7 @@ class Handle:
     patch: Patch
     steps: list[Step] = field(default_factory=list)
     skips: tuple[Skip, ...] = ()
-    states: dict[str, Any] = field(
-        default_factory=dict
-    )  # step name -> its state: the cache, the compiled graphs' count
+    states: dict[str, Any] = field(default_factory=dict)  # step name -> what counts for it
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(COPY)
