@@ -158,34 +158,14 @@ def compare(
         advance: called after each denoising step, for a progress bar.
     """
     jobs = tuple(jobs)
-    pipes = {"baseline": baseline, "optimized": optimized}
-
-    def make(name: str, job: Job, steps: int, bar: str) -> tuple[Image.Image, float]:
-        def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            advance(bar)
-            return values
-
-        image = {} if job.reference is None else {"image": job.reference}
-        generator = torch.Generator("cpu").manual_seed(job.seed)  # the CPU's: the same noise on every device
-        start = time.perf_counter()
-        picture = pipes[name](
-            prompt=job.prompt,
-            num_inference_steps=steps,
-            generator=generator,
-            callback_on_step_end=on_step_end,
-            **image,
-            **call_kwargs,
-        ).images[0]  # on the host, so a GPU has finished
-        return picture, time.perf_counter() - start
-
-    for name in pipes:
+    for pipe in (baseline, optimized):
         for job in {job.kind: job for job in jobs}.values():
-            make(name, job, WARM_UP_STEPS, "warm-up")
+            _make(pipe, job, WARM_UP_STEPS, call_kwargs, lambda: advance("warm-up"))
     compiled = fluxfire.report(optimized).compile
     pairs = []
     for job in jobs:
-        before, before_s = make("baseline", job, steps, "baseline")
-        after, after_s = make("optimized", job, steps, "optimized")
+        before, before_s = _make(baseline, job, steps, call_kwargs, lambda: advance("baseline"))
+        after, after_s = _make(optimized, job, steps, call_kwargs, lambda: advance("optimized"))
         pairs.append(_pair(job, before, after, before_s, after_s, _cached_steps(optimized), steps))
     report = fluxfire.report(optimized)
     return Comparison(
@@ -194,6 +174,29 @@ def compare(
         compile_s=compiled.seconds if compiled else 0.0,
         graphs=report.compile.graphs if report.compile else 0,
     )
+
+
+def _make(
+    pipe: Any, job: Job, steps: int, call_kwargs: dict[str, Any], after_step: Callable[[], None]
+) -> tuple[Image.Image, float]:
+    """The job's picture and the seconds that the call took."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        after_step()
+        return values
+
+    image = {} if job.reference is None else {"image": job.reference}
+    generator = torch.Generator("cpu").manual_seed(job.seed)  # the CPU's: the same noise on every device
+    start = time.perf_counter()
+    picture = pipe(
+        prompt=job.prompt,
+        num_inference_steps=steps,
+        generator=generator,
+        callback_on_step_end=on_step_end,
+        **image,
+        **call_kwargs,
+    ).images[0]  # on the host, so a GPU has finished
+    return picture, time.perf_counter() - start
 
 
 def _pair(
