@@ -35,7 +35,7 @@ def test_undo_restores_every_attribute(pipe: Any) -> None:
 def test_a_plan_touches_nothing(pipe: Any) -> None:
     before = attributes(pipe)
     plan = fluxfire.plan_pipeline(pipe)
-    assert [step.name for step in plan.steps] == ["memory_format", "compile", "cache"]
+    assert [step.name for step in plan.steps] == ["compile", "cache"]
     assert attributes(pipe) == before
     with pytest.raises(AttributeError):
         plan.steps = ()  # type: ignore[misc]

@@ -1,9 +1,11 @@
 """The VAE's memory, in two steps: its convolutions in channels_last, its pictures in tiles.
 
 **channels_last** (`apply_memory_format`). The weights and pictures of a convolution are stored channel after channel
-(torch's default) or with the channels of a pixel side by side, as the convolution kernels of GPUs want them; else they
-transpose at their door. Of a FLUX pipeline only the VAE is made of convolutions. It costs nothing; sums are taken in
-another order: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+(torch's default) or with the channels of a pixel side by side, as many convolution kernels of GPUs want them; else they
+transpose at their door. Of a FLUX pipeline only the VAE is made of convolutions. Sums are taken in another order
+(https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html). Measure before you use it: on an H100
+(torch 2.11, bfloat16, uncompiled) decoding 1024x1024 took 142 ms instead of 90, with a peak of 1.76 GiB instead of
+2.38, so `optimize_pipeline` leaves it off.
 
 **Tiles** (`apply_vae_tiling`). The activations of decoding grow with the picture's area; in tiles they grow with the
 tile's. Every tile is normalised by itself and neighbours are blended over a quarter of their width: it takes longer and
