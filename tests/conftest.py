@@ -20,6 +20,7 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other o
 # Settings of every step with which pairs are exact and quick.
 PAIR_KNOBS: dict[str, dict[str, Any]] = {
     "memory_format": {},
+    "fused_qkv": {},
     "compile": {"backend": "eager", "vae": True},
     "cache": {"threshold": 0},
     "vae_tiling": {},

@@ -53,7 +53,8 @@ def test_dials_leave_steps_out(pipe: Any) -> None:
     nothing = {"cache_threshold": None, "compile": False, "memory_format": False}
     assert fluxfire.plan_pipeline(pipe, **nothing).steps == ()
     asked: dict[str, Any] = {"cache_threshold": 0, "compile": True, "memory_format": True, "vae_tiling": True}
-    names = {"cache_threshold": "cache"}
+    asked["fuse_qkv"] = True
+    names = {"cache_threshold": "cache", "fuse_qkv": "fused_qkv"}
     for dial, value in asked.items():
         (step,) = fluxfire.plan_pipeline(pipe, **nothing | {dial: value}).steps
         assert step.name == names.get(dial, dial)

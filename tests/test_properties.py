@@ -19,6 +19,7 @@ from fluxfire.plan import ORDER
 # Settings to draw from for every step; lossless ones are held to the tolerance.
 KNOBS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "memory_format": st.just({}),
+    "fused_qkv": st.just({}),
     "vae_tiling": st.just({}),
     "offload": st.fixed_dictionaries({"kind": st.sampled_from(["model", "group"]), "device": st.just("cpu")}),
     "compile": st.fixed_dictionaries({"backend": st.just("eager"), "dynamic": st.booleans(), "vae": st.booleans()}),

@@ -30,7 +30,7 @@ def test_public_names_are_pinned() -> None:
         *("CacheCall", "CacheStats", "CompileStats", "Plan", "Report", "Skip", "Step", "__version__"),
         *("apply_cache", "apply_compile", "apply_memory_format", "apply_offload", "apply_vae_tiling"),
         *("check_cache", "check_compile", "check_memory_format", "check_offload", "check_vae_tiling"),
-        *("cache_stats", "set_cache_threshold"),
+        *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "set_cache_threshold"),
         *("optimize_pipeline", "plan_pipeline", "report", "restore_pipeline"),
     }
 

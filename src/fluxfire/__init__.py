@@ -17,6 +17,7 @@ from fluxfire.errors import (
     StepError,
     UndoError,
 )
+from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
@@ -43,12 +44,14 @@ __all__ = [
     "__version__",
     "apply_cache",
     "apply_compile",
+    "apply_fused_qkv",
     "apply_memory_format",
     "apply_offload",
     "apply_vae_tiling",
     "cache_stats",
     "check_cache",
     "check_compile",
+    "check_fused_qkv",
     "check_memory_format",
     "check_offload",
     "check_vae_tiling",

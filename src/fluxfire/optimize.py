@@ -14,6 +14,7 @@ from fluxfire.blocks import family_of
 from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
+from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
@@ -30,6 +31,7 @@ class _Recipe:
 
 RECIPES: Final = {
     "memory_format": _Recipe(check_memory_format, apply_memory_format, "lossless"),
+    "fused_qkv": _Recipe(check_fused_qkv, apply_fused_qkv, "lossless"),
     "compile": _Recipe(check_compile, apply_compile, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
     "vae_tiling": _Recipe(check_vae_tiling, apply_vae_tiling, "approximate"),
@@ -42,6 +44,7 @@ def plan_pipeline(
     *,
     cache_threshold: float | None = 0.12,
     compile: bool | str = True,
+    fuse_qkv: bool = False,
     memory_format: bool = False,
     vae_tiling: bool = False,
     offload: str | None = None,
@@ -53,6 +56,7 @@ def plan_pipeline(
         pipe: a FLUX pipeline.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
@@ -68,6 +72,7 @@ def plan_pipeline(
     family_of(pipe)
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
+        "fused_qkv": (fuse_qkv, {}),
         "compile": (compile, {"mode": compile if isinstance(compile, str) else "default"}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
         "vae_tiling": (vae_tiling, {}),
@@ -93,6 +98,7 @@ def optimize_pipeline(
     *,
     cache_threshold: float | None = 0.12,
     compile: bool | str = True,
+    fuse_qkv: bool = False,
     memory_format: bool = False,
     vae_tiling: bool = False,
     offload: str | None = None,
@@ -106,6 +112,7 @@ def optimize_pipeline(
         pipe: a FLUX pipeline, on the device and in the data type in which it will run.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
@@ -121,6 +128,7 @@ def optimize_pipeline(
         pipe,
         cache_threshold=cache_threshold,
         compile=compile,
+        fuse_qkv=fuse_qkv,
         memory_format=memory_format,
         vae_tiling=vae_tiling,
         offload=offload,

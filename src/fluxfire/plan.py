@@ -69,6 +69,13 @@ CONFLICTS: Final = (
         "the cache decides between the blocks, on data, and one graph of the whole denoiser has no such place: "
         'use apply_compile(pipe, scope="blocks")',
     ),
+    Conflict(
+        "fused_qkv",
+        {},
+        "offload",
+        {},
+        "an offload moves the three projections apart, so that none stays fused: leave fuse_qkv out",
+    ),
     Conflict("compile", {"scope": "denoiser"}, "offload", {"kind": "group"}, _INSIDE),
     Conflict("compile", {"vae": True}, "offload", {"kind": "group"}, _INSIDE),
     Conflict("compile", {}, "offload", {"kind": "group", "offload_type": "leaf_level"}, _INSIDE),

@@ -82,9 +82,9 @@ class Report:
         if graphs := self.compile:
             counts = f"{graphs.graphs} compiled, {graphs.recompilations} of them recompilations"
             rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
-        rows += [
-            (name, ", ".join(f"{key} {value}" for key, value in asdict(counts).items())) for name, counts in self.other
-        ]
+        for name, counts in self.other:
+            told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
+            rows.append((name, ", ".join(told)))
         return rows
 
     def as_dict(self) -> dict[str, Any]:
