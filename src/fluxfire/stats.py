@@ -90,6 +90,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as values that JSON knows; nan and infinite numbers become None and "inf"."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str), parse_constant=_CONSTANTS.__getitem__)
+        for step in plain["steps"]:
+            step["settings"] = dict(step["settings"])
         return {"pictures": self._exactness()} | plain
 
     def _exactness(self) -> str:
@@ -134,7 +136,7 @@ def _plot(stats: CacheStats) -> str:
         )
     total = len(bars) * width
     line = f'<line x1="0" x2="{total}" y1="{y(stats.threshold):.1f}" y2="{y(stats.threshold):.1f}" stroke="#e76f51"/>'
-    caption = "distance in each call of the last run: dark computed, green hit; line: threshold"
+    caption = f"distance in each call of the last run, up to {top:.3g}: dark computed, green hit; line: the threshold"
     return (
         f'<svg width="{total}" height="{height}" role="img" aria-label="{caption}">{"".join(bars)}{line}</svg>'
         f"<div><small>{caption}</small></div>"
