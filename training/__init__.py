@@ -1,0 +1,1 @@
+"""How the embedded FLUX.1-Kontext model is made: data, autoencoder, transformer, evaluation, export."""
