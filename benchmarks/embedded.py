@@ -1,0 +1,95 @@
+"""The cache on the embedded model: hits and distance to the uncached pictures over thresholds.
+
+    python benchmarks/embedded.py --cases 40 --out benchmarks/results
+
+Real denoising dynamics, unlike random weights: committed prompts and seeds, text to image and edits of held-out things,
+28 steps, float32. Each picture is compared with the same stack's without the cache, so rounding is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fluxfire
+from fluxfire import demo
+from fluxfire.bench import quality
+
+THRESHOLDS = (0.0, 0.05, 0.12, 0.25)
+
+
+def cases(job: str, count: int) -> list[dict[str, Any]]:
+    """Arguments of the pipeline for the first `count` committed cases; edits are of the shipped reference pictures."""
+    if job == "t2i":
+        return [{"prompt": case.prompt, "seed": case.seed} for case in demo.prompts("t2i")[:count]]
+    names = demo.references()[:count]
+    styles = {name: next(style for style in demo.STYLES if not name.endswith(style)) for name in names}
+    return [{"prompt": f"in {styles[n]} style", "image": demo.reference(n), "seed": i} for i, n in enumerate(names)]
+
+
+def make(pipe: Any, case: dict[str, Any], steps: int) -> np.ndarray:
+    """One picture as (H, W, 3) in 0..255."""
+    arguments = {name: value for name, value in case.items() if name != "seed"}
+    generator = torch.Generator().manual_seed(case["seed"])
+    call = demo.call_kwargs() | arguments
+    return np.asarray(pipe(num_inference_steps=steps, generator=generator, **call).images[0])
+
+
+def measure(pipe: Any, job: str, count: int, steps: int) -> list[dict[str, Any]]:
+    """A row a threshold: share of hits, PSNR and SSIM to the pictures at threshold 0."""
+    rows, baselines = [], []
+    for threshold in THRESHOLDS:
+        fluxfire.set_cache_threshold(pipe, threshold)
+        shares, psnr, ssim = [], [], []
+        for index, case in enumerate(tqdm(cases(job, count), desc=f"{job} at {threshold:g}")):
+            picture = make(pipe, case, steps)
+            if not threshold:
+                baselines.append(picture)
+            shares.append(fluxfire.cache_stats(pipe).marks().count(".") / steps)
+            psnr.append(quality.psnr(picture, baselines[index]))
+            ssim.append(quality.ssim(picture, baselines[index]))
+        row = {"workload": f"embedded-{job}", "threshold": threshold, "steps": steps, "pictures": len(shares)}
+        row |= {"hits": round(mean(shares), 3), "hits_sd": round(stdev(shares), 3)}
+        if threshold:
+            same = sum(math.isinf(value) for value in psnr)  # pictures without a single hit that mattered
+            lower = {"psnr_median": median(psnr), "psnr_min": min(psnr)}  # infinite where the pictures are equal
+            row |= {name: None if math.isinf(value) else round(value, 2) for name, value in lower.items()}
+            row |= {"identical": same, "ssim_median": round(median(ssim), 4)}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Runs both jobs and writes one results file and a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    pipe = demo.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    fluxfire.apply_cache(pipe, 0)
+    rows = [row for job in ("t2i", "edit") for row in measure(pipe, job, options.cases, options.steps)]
+    date = datetime.date.today().isoformat()
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
+    about = versions | {"command": f"python benchmarks/embedded.py --cases {options.cases}", "date": date}
+    path = options.out / f"embedded_cpu_{date}.json"
+    path.write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(row)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
