@@ -3,12 +3,13 @@
 Everything that depends on a family's tensors stands here; `run.py` and `cache.py` speak of streams and tokens only.
 
 Shapes: B samples, T text tokens, L image tokens (noise and reference pictures), D channels. A block takes and returns
-either two streams, `encoder_hidden_states` (B, T, D) and `hidden_states` (B, L, D), or one of both, (B, T + L, D), as
-FLUX.2's single blocks do.
+either two streams, `encoder_hidden_states` (B, T, D) and `hidden_states` (B, L, D), or one: both, (B, T + L, D), as
+FLUX.2's single blocks do, or only tokens of one kind, as the first blocks of FLUX.3.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,13 +27,13 @@ class Family:
 
     name: str
     denoiser_class: str
-    block_lists: tuple[str, ...]  # attributes of the denoiser, in the order in which they run
+    block_lists: tuple[str, ...]  # of the denoiser, in the order in which they run, from the first with noise tokens on
     conditioning: tuple[str, ...]  # arguments of a denoiser call that tell one guidance branch from another
     per_sample: tuple[str, ...]  # arguments of a block, besides its two streams, that hold a row for each sample
 
     def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
-        """All blocks of the denoiser, in the order in which they run."""
-        return [block for name in self.block_lists for block in getattr(denoiser, name)]
+        """The blocks of the denoiser, in the order in which they run, from the first that sees noise tokens on."""
+        return [block for name in self.block_lists for block in operator.attrgetter(name)(denoiser)]
 
     def conditioning_tensors(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of one denoiser call that stay the same objects over the steps of a guidance branch."""
@@ -53,8 +54,9 @@ class Family:
     def noise_tokens(self, inputs: Mapping[str, Any]) -> int | None:
         """How many of the first image tokens are noise; the others belong to reference pictures. One device transfer.
 
-        The first position id is 0 for noise tokens and counts up for reference pictures (Kontext, FLUX.2). None for
-        the call that only fills Klein-KV's key-value cache: it has the references first and is made once a run.
+        The first position id is 0 for noise tokens and counts up for reference pictures (Kontext, FLUX.2); FLUX.3's
+        have an argument of their own. None for the call that only fills Klein-KV's key-value cache: it has the
+        references first and is made once a run.
         """
         if inputs.get("kv_cache_mode") == "extract":
             return None
@@ -79,6 +81,14 @@ FAMILIES: Final = (
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         conditioning=("encoder_hidden_states",),
         per_sample=("temb_mod_img", "temb_mod_txt", "temb_mod", "joint_attention_kwargs"),
+    ),
+    Family(
+        name="FLUX.3",
+        denoiser_class="Flux3Transformer2DModel",
+        # `txt_mode_blocks` run before them in every call.
+        block_lists=("mode_blocks.image", "mode_blocks.image_cond", "single_transformer_blocks"),
+        conditioning=("encoder_hidden_states", "image_cond_hidden_states"),
+        per_sample=("temb_mod", "temb_mod_context"),
     ),
 )
 
