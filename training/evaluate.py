@@ -32,10 +32,10 @@ def make(
     pipe: FluxKontextPipeline, cases: list[dict[str, Any]], references: list[np.ndarray] | None, **call: Any
 ) -> np.ndarray:
     """The pictures of all cases: uint8, (N, 128, 128, 3)."""
-    made = []
-    for i in range(0, len(cases), 100):
-        part = cases[i : i + 100]
-        image = None if references is None else [Image.fromarray(r) for r in references[i : i + 100]]
+    made, batch = [], 4 if pipe.device.type == "cpu" else 100
+    for i in range(0, len(cases), batch):
+        part = cases[i : i + batch]
+        image = None if references is None else [Image.fromarray(r) for r in references[i : i + batch]]
         noise = [torch.Generator("cpu").manual_seed(case["seed"]) for case in part]
         prompts = [case["prompt"] for case in part]
         true_cfg = {"negative_prompt": [""] * len(part)} if call.get("true_cfg_scale", 1) > 1 else {}
