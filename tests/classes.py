@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Case:
     denoiser: dict[str, Any] = field(default_factory=dict)  # settings of the class's denoiser
     branches: int = 1  # denoiser calls a step
     first_calls: int = 1  # calls of a branch that are computed however small the distances are
+    steps: int = STEPS  # of the denoiser; fewer where `strength` leaves the first ones out
     controlnet: bool = False
 
 
@@ -75,6 +77,7 @@ def _set(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
+FROM_PICTURE: Arguments = {"image": picture, "strength": _set(0.7)}
 PAINT: Arguments = {"image": picture, "mask_image": mask, "strength": _set(1.0)}
 CFG: Arguments = {
     "negative_prompt_embeds": negative,
@@ -85,24 +88,24 @@ NO_RESIZE: Arguments = {"max_area": _set(32 * 32), "_auto_resize": _set(False)}
 
 CASES = {
     "FluxPipeline": Case("FLUX.1", CFG, branches=2),
-    "FluxImg2ImgPipeline": Case("FLUX.1", {"image": picture, "strength": _set(0.7)}),
+    "FluxImg2ImgPipeline": Case("FLUX.1", FROM_PICTURE, steps=3),
     "FluxInpaintPipeline": Case("FLUX.1", PAINT),
     # Latents (16), masked picture (16) and mask (2 x 2 of 2 x 2 pixels).
     "FluxFillPipeline": Case("FLUX.1", PAINT, {"in_channels": 48}),
     "FluxControlPipeline": Case("FLUX.1", {"control_image": control}, {"in_channels": 32}),
     "FluxControlImg2ImgPipeline": Case(
-        "FLUX.1", {"image": picture, "control_image": control, "strength": _set(0.7)}, {"in_channels": 32}
+        "FLUX.1", FROM_PICTURE | {"control_image": control}, {"in_channels": 32}, steps=3
     ),
     "FluxControlInpaintPipeline": Case("FLUX.1", PAINT | {"control_image": control}, {"in_channels": 32}),
     "FluxControlNetPipeline": Case("FLUX.1", CFG | {"control_image": control}, branches=2, controlnet=True),
     "FluxControlNetImg2ImgPipeline": Case(
-        "FLUX.1", {"image": picture, "control_image": control, "strength": _set(0.7)}, controlnet=True
+        "FLUX.1", FROM_PICTURE | {"control_image": control}, steps=3, controlnet=True
     ),
     "FluxControlNetInpaintPipeline": Case("FLUX.1", PAINT | {"control_image": control}, controlnet=True),
     "FluxKontextPipeline": Case("FLUX.1", CFG | NO_RESIZE | {"image": picture}, branches=2),
     "FluxKontextInpaintPipeline": Case("FLUX.1", PAINT | NO_RESIZE | {"image_reference": control}),
     "FluxPriorReduxPipeline": Case("none"),
-    "FluxModularPipeline": Case("FLUX.1", {"image": picture, "strength": _set(0.7)}),
+    "FluxModularPipeline": Case("FLUX.1", FROM_PICTURE, steps=3),
     "FluxKontextModularPipeline": Case("FLUX.1", NO_RESIZE | {"image": photo}),
     "Flux2Pipeline": Case("FLUX.2", {"image": photo}, {"guidance_embeds": True}),
     "Flux2KleinPipeline": Case(
@@ -134,7 +137,8 @@ def make(name: str) -> Any:
     if case.family != "FLUX.3":  # whose pipelines come with their scheduler
         parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if case.controlnet:
-        parts["controlnet"] = _controlnet()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # diffusers uses its own old name
+            parts["controlnet"] = _controlnet()
     if issubclass(cls, diffusers.ModularPipeline):
         blocks = getattr(diffusers, cls.default_blocks_name)()
         for block in ("prompt_upsampler", "text_encoder"):
@@ -165,7 +169,13 @@ def _flux1(case: Case) -> dict[str, Any]:
     transformer = diffusers.FluxTransformer2DModel(
         **FLUX1 | {"out_channels": 16, "num_layers": 2, "num_single_layers": 2} | case.denoiser
     )
-    factors = {"shift_factor": 0.1, "scaling_factor": 0.5, "use_quant_conv": False, "use_post_quant_conv": False}
+    factors: dict[str, Any] = {
+        "shift_factor": 0.1,
+        "scaling_factor": 0.5,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    factors["sample_size"] = 64  # a tile: no picture of these tests is larger
     return {"transformer": transformer.eval(), "vae": _vae(diffusers.AutoencoderKL, **factors)}
 
 

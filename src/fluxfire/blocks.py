@@ -125,13 +125,29 @@ def family_of(pipe: Any) -> Family:
     )
 
 
-def wrapped_by(block: torch.nn.Module) -> str | None:
-    """What already stands between a caller and the block's own forward, or None."""
-    if block._compiled_call_impl is not None:
-        return "torch's module.compile() or diffusers' compile_repeated_blocks()"
-    if "forward" in vars(block):
-        return f"{type(vars(block)['forward']).__module__} (a hook or an offload)"
+def wrapped_by(module: torch.nn.Module) -> str | None:
+    """What already stands between a caller and the module's own forward, or in its parts, and how it goes; or None."""
+    if module._compiled_call_impl is not None:
+        return "torch's module.compile() or diffusers' compile_repeated_blocks(): load the pipeline anew without it"
+    for part in module.modules():
+        if hook := vars(part).get("_hf_hook"):
+            return f"accelerate's {type(hook).__name__}: pipe.remove_all_hooks(), and fluxfire.apply_offload afterwards"
+        if names := list(getattr(vars(part).get("_diffusers_hook"), "hooks", ())):
+            return f"diffusers' hook {', '.join(names)}: load the pipeline anew without it"
+    if "forward" in vars(module) and not is_own(module, "forward"):
+        return f"{code_of(vars(module)['forward'])}: take that off"
     return None
+
+
+def is_own(owner: Any, name: str) -> bool:
+    """Whether `owner.name` is, in the instance too, the method of its class."""
+    return getattr(vars(owner).get(name), "__func__", None) is getattr(type(owner), name, name)
+
+
+def code_of(value: Any) -> str:
+    """The function behind `value`, by its code: `update_wrapper` gives wrappers the name of what they wrap."""
+    code = getattr(getattr(value, "func", value), "__code__", None)
+    return f"{code.co_qualname} ({code.co_filename})" if code else repr(value)
 
 
 def offload_hook(module: torch.nn.Module) -> str | None:

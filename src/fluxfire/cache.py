@@ -5,14 +5,15 @@ How it works stands in `first_block.py`; `paraattn.py` is the same with ParaAtte
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from dataclasses import replace
+from typing import Any, Final, Literal, cast
 
 from fluxfire.blocks import denoiser_of, family_of
 from fluxfire.errors import ArgumentError, NotOptimizedError
 from fluxfire.first_block import Batch, FirstBlockCache
 from fluxfire.paraattn import ParaAttnCache, check_paraattn
 from fluxfire.patches import applying, handle_of
-from fluxfire.plan import Step
+from fluxfire.plan import Handle, Step
 from fluxfire.stats import CacheStats
 
 Backend = Literal["fluxfire", "para-attn"]
@@ -108,6 +109,10 @@ def set_cache_threshold(pipe: Any, threshold: float) -> Any:
     """
     _check_threshold(threshold)
     _cache_of(pipe).threshold = float(threshold)
+    steps = cast(Handle, handle_of(pipe)).steps
+    index = next(i for i, step in enumerate(steps) if step.name == "cache")
+    settings = dict(steps[index].settings) | {"threshold": threshold}
+    steps[index] = replace(steps[index], settings=tuple(settings.items()))
     return pipe
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from fluxfire import FluxfireError, optimize_pipeline
 
@@ -67,7 +67,8 @@ def demo(
     _quieten_loading()
     with console.status("Loading the embedded model twice"):
         jobs = compare.example_jobs(prompts)
-        baseline, optimized = (embedded.load_pipeline(dtype=number_type).to(device) for _ in range(2))
+        pipes: list[Any] = [embedded.load_pipeline(dtype=number_type) for _ in range(2)]
+        baseline, optimized = (pipe.to(device) for pipe in pipes)
     optimize_pipeline(optimized, cache_threshold=threshold, compile=compile)
     comparison = show.compare_with_bars(console, jobs, baseline, optimized, steps)
     about = compare.environment(optimized) | {"steps": steps, "threshold": threshold}

@@ -13,6 +13,7 @@ What keeps it at one graph for each kind of block and for batch 1 and batch >= 2
   for an empty dict.
 - Graphs belong to the class's code and are limited to 8 a process, for all pipelines together; the limit is raised
   while one of ours runs.
+Another data type, grad mode, autocast, inference mode, a LoRA or a sequence of one token has graphs of its own.
 
 `fullgraph=True`: a graph break is an error, not a slowdown. Inductor's options are given to each compilation, and
 torch's settings are changed only while an optimized denoiser runs: nothing global stays. Lossless up to rounding.
@@ -134,20 +135,26 @@ def check_compile(
         )
     if not isinstance(dynamic, bool):
         raise ArgumentError(f"dynamic: found {dynamic!r}, needed True (any size) or False (a graph for each size)")
+    if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ArgumentError(f"backend: found {backend!r}, needed one of torch.compile's by name: {', '.join(known)}")
+    if not isinstance(vae, bool):
+        raise ArgumentError(f"vae: found {vae!r}, needed True (the decoder is compiled too) or False")
     if backend != "inductor" and (mode != "default" or options):
         raise ArgumentError(f'mode and options are inductor\'s: found backend {backend!r}, needed backend="inductor"')
-    if unknown := set(options or ()) - set(torch._inductor.list_options()):
+    try:
+        torch._TorchCompileInductorWrapper("default", dict(options or {}), dynamic)  # type: ignore[no-untyped-call]
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"options: inductor knows no {', '.join(sorted(unknown))}; see torch._inductor.list_options()"
-        )
+            f"options: found {options!r}, needed inductor's by name with their types: {error}"
+        ) from None
     denoiser = denoiser_of(pipe)
     if vae and not hasattr(getattr(pipe, "vae", None), "decoder"):
         return f"found no VAE decoder in {type(pipe).__name__}, needed one for vae=True: leave vae out"
     for module in _targets(pipe, scope, vae):
         if owner := wrapped_by(module):
-            return f"found {type(module).__name__} wrapped by {owner}; needed its own forward: take that off"
+            return f"found {type(module).__name__} wrapped by {owner}"
     if denoiser._compiled_call_impl is not None:
-        return f"found {type(denoiser).__name__} wrapped by {wrapped_by(denoiser)}: load the pipeline anew"
+        return f"found {type(denoiser).__name__} wrapped by {wrapped_by(denoiser)}"
     return _missing_compiler(denoiser) if backend == "inductor" else None
 
 

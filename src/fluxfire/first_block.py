@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 import torch
 
-from fluxfire.blocks import denoiser_of, family_of
+from fluxfire.blocks import family_of
 from fluxfire.plan import Handle
 from fluxfire.run import Call, RunReader
 from fluxfire.stats import CacheCall, CacheStats
@@ -71,9 +72,8 @@ class FirstBlockCache:
         self._max_consecutive_hits = max_consecutive_hits
         self._batch = batch
         self._family = family_of(pipe)
-        denoiser = denoiser_of(pipe)
-        self._reader = RunReader(lambda: pipe.scheduler, denoiser.forward, self._family, _Kept)
-        self._present: _Present | None = None
+        self._reader = RunReader(pipe, self._family, _Kept)
+        self._local = threading.local()  # .present: each thread has a call of its own under way
         self._run = -1
         self._last_run: list[CacheCall] = []
         self._hits = self._computed = 0
@@ -91,19 +91,26 @@ class FirstBlockCache:
         """A snapshot of the counts."""
         kept = [t for state in self._reader.states() for t in (state.first, state.size, state.rest) if t is not None]
         held = sum(tensor.nbytes for tensor in kept)
-        return CacheStats(self.threshold, self._hits, self._computed, tuple(self._last_run), held)
+        outside = self._reader.outside
+        return CacheStats(self.threshold, self._hits, self._computed, outside, tuple(self._last_run), held)
+
+    @property
+    def _present(self) -> _Present | None:
+        present: _Present | None = getattr(self._local, "present", None)
+        return present
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Opens the state of this call's guidance branch, then calls on."""
         call = self._reader.read(args, kwargs)
-        self._present = _Present(call)
+        self._local.present = _Present(call)
         try:
             return forward(*args, **kwargs)
         except BaseException:
-            self._reader.drop(call.branch)  # it may hold a first residual without its rest
+            if call.state is not None:
+                self._reader.drop(call.branch)  # it may hold a first residual without its rest
             raise
         finally:
-            self._present = None
+            self._local.present = None
 
     def around_leader(self, block: Callable[..., Streams], arguments: dict[str, Any]) -> Streams:
         """Always computed; decides for the whole call."""
@@ -160,7 +167,9 @@ class FirstBlockCache:
         batch = x.shape[0]
         call, kept = present.call, present.call.state
         present.hits, distances = (False,) * batch, (math.nan,) * batch
-        if kept is not None and self.threshold > 0:
+        if kept is not None and self.threshold == 0:
+            kept.first = kept.size = kept.rest = None  # this call is computed, and not what a later one compares with
+        elif kept is not None:
             assert present.leader_out is not None
             first = present.leader_out[:, : call.noise_tokens] - x[:, : call.noise_tokens]
             if kept.rest is not None and kept.first is not None and kept.size is not None:

@@ -91,7 +91,7 @@ class FusedProjection:
             and all(modules[layer] is linear for layer, linear in zip(self.layers, self._linears, strict=True))
             and not any(map(_hooked, self._linears))
             and not any(map(_offload, self._path))
-            and all(owner[key] is part and _address(part) == address for owner, key, part, address in self._views)
+            and all(owner.get(key) is part and _address(part) == address for owner, key, part, address in self._views)
         )
 
     def fuse(self) -> None:

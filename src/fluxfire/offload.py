@@ -18,13 +18,15 @@ from typing import Any, Final
 
 import torch
 
-from fluxfire.blocks import denoiser_of, group_hooks, offload_hook
+from fluxfire.blocks import code_of, denoiser_of, group_hooks, is_own, offload_hook
 from fluxfire.errors import ArgumentError, UndoError
 from fluxfire.patches import applying
 from fluxfire.plan import Step
 
 KINDS: Final = ("model", "sequential", "group")
 OFFLOAD_TYPES: Final = ("block_level", "leaf_level")
+
+OFFLOAD_HOOKS: Final = {"model": "CpuOffload", "sequential": "AlignDevicesHook"}  # accelerate's
 
 # What diffusers leaves on a pipeline.
 _OF_PIPE: Final = ("_all_hooks", "_offload_device", "_offload_gpu_id")
@@ -133,8 +135,6 @@ class _Before:
             self._check_on_top(module)
         if self._target and self._target.type != "cpu":
             torch.accelerator.synchronize(self._target)  # a stream may still be bringing weights
-        if self._kind != "group":
-            self._pipe.remove_all_hooks()
         for part, device in self._devices.items():
             for module in part.modules():
                 self._clean(module)
@@ -145,24 +145,32 @@ class _Before:
         vars(self._pipe).update(self._of_pipe)
 
     def _check_on_top(self, module: torch.nn.Module) -> None:
-        hooks, owner = vars(module).get("_hf_hook"), "accelerate.hooks"
+        hook, owner = vars(module).get("_hf_hook"), "accelerate.hooks"
+        ours = type(hook).__name__ == OFFLOAD_HOOKS.get(self._kind)
         if self._kind == "group":
-            hooks, owner = group_hooks(module), "diffusers.hooks.hooks"
-        forward = vars(module).get("forward")
-        if hooks and getattr(getattr(forward, "func", None), "__module__", None) != owner:
-            what = f"{type(module).__name__}.forward was wrapped over the offload's hook by {forward!r}"
-            raise UndoError(f"{what}: take that off, then call fluxfire.restore_pipeline(pipe)")
+            ours, owner = bool(group_hooks(module)), "diffusers.hooks.hooks"
+        what, forward = type(module).__name__, vars(module).get("forward")
+        if ours and getattr(getattr(forward, "func", None), "__module__", None) != owner:
+            what = f"{what}.forward was wrapped over the offload's hook by {code_of(forward)}"
+        elif type(hook).__name__ == "SequentialHook" and self._kind != "group":
+            what = f"{what} has another hook of accelerate joined to the offload's"
+        else:
+            return
+        raise UndoError(f"{what}: take that off, then call fluxfire.restore_pipeline(pipe)")
 
     def _clean(self, module: torch.nn.Module) -> None:
         attributes = self._attributes.get(module, frozenset())  # none: a LoRA's, loaded since
+        if type(vars(module).get("_hf_hook")).__name__ == OFFLOAD_HOOKS.get(self._kind):
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(module)
         registry: Any = vars(module).get("_diffusers_hook")
         for name in group_hooks(module):
             registry.remove_hook(name, recurse=False)
         if registry and not registry.hooks and "_diffusers_hook" not in attributes:
             del module._diffusers_hook
         # Hooks put what they found back as an attribute, also where it was the class's own method.
-        own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
-        if own and "forward" not in attributes:
+        if "forward" not in attributes and is_own(module, "forward"):
             del module.forward
         parameters, buffers = self._tensors.get(module, ({}, {}))
         module._parameters.update(parameters)

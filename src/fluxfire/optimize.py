@@ -69,7 +69,8 @@ def plan_pipeline(
     """
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
-    family_of(pipe)
+    handle = handle_of(pipe)
+    applied = tuple(handle.steps) if handle else ()
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
         "fused_qkv": (fuse_qkv, {}),
@@ -83,7 +84,7 @@ def plan_pipeline(
     skips: list[Skip] = []
     for name in (name for name in ORDER if name in wanted):
         step = Step(name, RECIPES[name].kind, tuple(wanted[name].items()))
-        reason = RECIPES[name].check(pipe, **wanted[name]) or refusal(step, tuple(steps))
+        reason = refusal(step, (*applied, *steps)) or RECIPES[name].check(pipe, **wanted[name])
         if reason and strict:
             raise StepError(f"{name}: {reason}")
         if reason:
@@ -124,6 +125,12 @@ def optimize_pipeline(
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
+    if handle := handle_of(pipe):
+        applied = ", ".join(step.name for step in handle.steps) or "nothing"
+        raise StepError(
+            f"this pipeline is optimized already ({applied}): call fluxfire.restore_pipeline(pipe) first, "
+            "or fluxfire.set_cache_threshold(pipe, threshold) to change the threshold alone"
+        )
     plan = plan_pipeline(
         pipe,
         cache_threshold=cache_threshold,
@@ -134,12 +141,6 @@ def optimize_pipeline(
         offload=offload,
         strict=strict,
     )
-    if handle := handle_of(pipe):
-        applied = ", ".join(step.name for step in handle.steps) or "nothing"
-        raise StepError(
-            f"this pipeline is optimized already ({applied}): call fluxfire.restore_pipeline(pipe) first, "
-            "or fluxfire.set_cache_threshold(pipe, threshold) to change the threshold alone"
-        )
     handle = mark(pipe)
     handle.skips = plan.skips
     try:
@@ -183,4 +184,5 @@ def report(pipe: Any) -> Report:
         )
     stats = {name: state.stats() for name, state in handle.states.items()}
     cache, graphs = stats.pop("cache", None), stats.pop("compile", None)
-    return Report(family_of(pipe).name, tuple(handle.steps), handle.skips, cache, graphs, tuple(stats.items()))
+    steps, lost = tuple(handle.steps), tuple(handle.patch.lost())
+    return Report(family_of(pipe).name, steps, handle.skips, cache, graphs, tuple(stats.items()), lost)

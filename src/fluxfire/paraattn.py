@@ -77,9 +77,7 @@ class ParaAttnCache:
         self.threshold = 0.0
         self._similar: Callable[..., bool] = utils.are_two_tensors_similar
         self._family = family_of(pipe)
-        self._reader: RunReader[Any] = RunReader(
-            lambda: pipe.scheduler, denoiser_of(pipe).forward, self._family, utils.create_cache_context
-        )
+        self._reader: RunReader[Any] = RunReader(pipe, self._family, utils.create_cache_context)
         self._present: _Present | None = None
         self._run = -1
         self._last_run: list[CacheCall] = []
@@ -97,7 +95,8 @@ class ParaAttnCache:
     def stats(self) -> CacheStats:
         """A snapshot of the counts; all samples of a call have the same decision and distance."""
         kept = sum(tensor.nbytes for context in self._reader.states() for tensor in context.buffers.values())
-        return CacheStats(self.threshold, self._hits, self._computed, tuple(self._last_run), kept)
+        outside = self._reader.outside
+        return CacheStats(self.threshold, self._hits, self._computed, outside, tuple(self._last_run), kept)
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Opens the context of this call's guidance branch, then calls on."""

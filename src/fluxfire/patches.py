@@ -18,9 +18,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
-from fluxfire.blocks import denoiser_of
+from fluxfire.blocks import code_of, denoiser_of, is_own
 from fluxfire.errors import CopyError, StepError, UndoError
 from fluxfire.plan import COPY, Handle, Step, refusal
 
@@ -55,25 +55,34 @@ class _Attribute:
     ours: Any
     before: Any  # what stood in the owner's __dict__, or _MISSING
 
-    def current(self) -> Any:
-        return vars(self.owner).get(self.name, _MISSING)
+    def place(self) -> tuple[Any, str] | None:
+        """Where ours is now: (holder, attribute); where it was put, or in the chain of another library's hooks."""
+        # accelerate keeps what it wraps at `_old_forward`, and puts it back at `forward` when its hook goes.
+        places = [(self.owner, name) for name in (self.name, "_old_forward", "forward")]
+        registry = vars(self.owner).get("_diffusers_hook")  # diffusers.hooks.HookRegistry
+        references = getattr(registry, "_fn_refs", ())
+        places += [(reference, name) for reference in references for name in ("original_forward", "forward")]
+        return next((place for place in places if vars(place[0]).get(place[1], _MISSING) is self.ours), None)
 
     def gone(self) -> bool:
         """Whether somebody put the class's own method back, as accelerate does when its hook was below us and goes."""
-        own = getattr(type(self.owner), self.name, _MISSING)
-        return self.current() is _MISSING or getattr(self.current(), "__func__", None) is own
+        current = vars(self.owner).get(self.name, _MISSING)
+        return current is _MISSING or is_own(self.owner, self.name)
 
     def blocked(self) -> bool:
-        return self.current() is not self.ours and not self.gone() and _link(self.owner, self.ours) is None
+        return self.place() is None and not self.gone()
 
     def put_back(self) -> None:
-        if self.current() is not self.ours:
-            if link := _link(self.owner, self.ours):
-                setattr(*link, self.ours.wrapped)
-        elif self.before is _MISSING:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)
+        place = self.place()
+        if place == (self.owner, self.name):
+            if self.before is _MISSING:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self.before)
+        elif place:
+            setattr(*place, self.ours.wrapped)
+            if place[0] is self.owner and place[1] == "forward" and is_own(self.owner, "forward"):
+                del self.owner.forward
 
 
 class Patch:
@@ -92,8 +101,19 @@ class Patch:
         self._changes.append(_Attribute(owner, name, value, before))
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Wraps the bound method `owner.name`: calls become `around(method, *args, **kwargs)`."""
+        """Wraps the bound method `owner.name`: calls become `around(method, *args, **kwargs)`.
+
+        Below a hook of accelerate, which diffusers takes off and puts on anew after every picture: a wrapper on top
+        of it would be thrown away then.
+        """
+        if name == "forward" and "_hf_hook" in vars(owner) and "_old_forward" in vars(owner):
+            name = "_old_forward"
         self.set(owner, name, Wrapper(getattr(owner, name), around))
+
+    def lost(self) -> list[str]:
+        """Attributes of ours that somebody has thrown away: that part of a step is not in effect any more."""
+        changes = [change for change in self._changes if isinstance(change, _Attribute)]
+        return [f"{type(change.owner).__name__}.{change.name}" for change in changes if change.place() is None]
 
     def on_undo(self, reverse: Callable[[], object]) -> None:
         """Calls `reverse()` at its turn in the undo: for changes that are no attributes, such as a tensor's layout."""
@@ -108,7 +128,7 @@ class Patch:
         attributes = [change for change in self._changes[start:] if isinstance(change, _Attribute)]
         outermost = {(id(change.owner), change.name): change for change in attributes}.values()
         blockers = [
-            f"{type(change.owner).__name__}.{change.name} was replaced by {_code(change.current())}"
+            f"{type(change.owner).__name__}.{change.name} was replaced by {code_of(vars(change.owner)[change.name])}"
             for change in outermost
             if change.blocked()
         ]
@@ -118,24 +138,6 @@ class Patch:
             change = self._changes[-1]
             change.put_back() if isinstance(change, _Attribute) else change()
             self._changes.pop()  # last: a change that cannot be taken back now can be later
-
-
-def _link(obj: Any, ours: Any) -> tuple[Any, str] | None:
-    """Where another library's wrapper of `obj`'s forward keeps `ours` as what it calls next: (holder, attribute)."""
-    if vars(obj).get("_old_forward") is ours:  # accelerate.hooks.add_hook_to_module
-        return obj, "_old_forward"
-    registry = vars(obj).get("_diffusers_hook")  # diffusers.hooks.HookRegistry
-    for reference in getattr(registry, "_fn_refs", ()):
-        for attribute in ("original_forward", "forward"):
-            if getattr(reference, attribute) is ours:
-                return reference, attribute
-    return None
-
-
-def _code(value: Any) -> str:
-    """The function behind `value`, by its code: `update_wrapper` gives wrappers the name of what they wrap."""
-    code = getattr(getattr(value, "func", value), "__code__", None)
-    return f"{code.co_qualname} ({code.co_filename})" if code else repr(value)
 
 
 class Workaround:
@@ -155,6 +157,7 @@ class Workaround:
         self._module, self._function, self._broken, self._repair = module, function, broken, repair
         self._holders: set[int] = set()
         self._original: Callable[..., Any] | None = None
+        self._ours: Callable[..., Any] | None = None
 
     def hold(self, handle: Handle) -> None:
         """Keeps the repair in place until this handle is undone or its denoiser is gone."""
@@ -163,21 +166,26 @@ class Workaround:
         if not self._holders:
             if not self._broken(function):
                 return
-            self._original = function
-            setattr(module, self._function, self._repair(function))
+            self._original, self._ours = function, self._repair(function)
+            setattr(module, self._function, self._ours)
         release = weakref.finalize(handle.denoiser, self._release, id(handle))
         self._holders.add(id(handle))
         handle.patch.on_undo(release)
 
     def _release(self, holder: int) -> None:
         self._holders.remove(holder)
-        if not self._holders:
-            setattr(importlib.import_module(self._module), self._function, self._original)
+        module = importlib.import_module(self._module)
+        if not self._holders and getattr(module, self._function) is self._ours:  # else somebody patched over it
+            setattr(module, self._function, self._original)
 
 
 def handle_of(pipe: Any) -> Handle | None:
-    """The mark on `pipe`, or on its denoiser: `from_pipe` makes a second pipeline around the same denoiser."""
-    handle: Handle | None = vars(pipe).get(MARK) or vars(denoiser_of(pipe)).get(MARK)
+    """The mark on the pipeline's denoiser, which all pipelines around it share (`from_pipe` makes such).
+
+    Raises:
+        NotFluxError: `pipe` is no FLUX pipeline.
+    """
+    handle: Handle | None = vars(denoiser_of(pipe)).get(MARK)
     return handle
 
 
@@ -205,14 +213,12 @@ def applying(pipe: Any, step: Step, reason: str | None) -> Iterator[Handle]:
 
 
 def mark(pipe: Any) -> Handle:
-    """Puts a new `Handle` on the pipeline and on its denoiser."""
-    handle = Handle(pipe, denoiser_of(pipe), Patch())
-    for owner in (handle.pipe, handle.denoiser):
-        setattr(owner, MARK, handle)
-    return handle
+    """Puts a new `Handle` on the pipeline's denoiser."""
+    denoiser = denoiser_of(pipe)
+    setattr(denoiser, MARK, Handle(denoiser, Patch()))
+    return cast(Handle, handle_of(pipe))
 
 
 def unmark(handle: Handle) -> None:
     """Takes the mark off again."""
-    for owner in (handle.pipe, handle.denoiser):
-        vars(owner).pop(MARK, None)
+    vars(handle.denoiser).pop(MARK, None)

@@ -1,8 +1,8 @@
 """What will be done, and what was done, as plain values.
 
-A `Plan` is made before anything is touched: the `Step`s in order and the `Skip`s with their reasons. The order, the bad
-pairs and the needs of steps are data here, so that no step has to know another. A `Handle` is the mark that an
-optimized pipeline and its denoiser carry: what was applied, with the `Patch` that takes it back.
+A `Plan` is made before anything is touched: the `Step`s in order and the `Skip`s with their reasons. The order and the
+bad pairs of steps are data here, so that no step has to know another. A `Handle` is the mark that an
+optimized pipeline's denoiser carries: what was applied, with the `Patch` that takes it back.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Conflict:
     """Two steps that do not go together with these settings (none named: with any), and why. In `ORDER`."""
 
     first: str
-    first_settings: dict[str, object]
+    first_settings: tuple[tuple[str, object], ...]
     second: str
-    second_settings: dict[str, object]
+    second_settings: tuple[tuple[str, object], ...]
     reason: str
 
     def hits(self, first: Step, second: Step) -> bool:
         """Whether these two steps, with their settings, are such a pair."""
         return (
             (self.first, self.second) == (first.name, second.name)
-            and self.first_settings.items() <= dict(first.settings).items()
-            and self.second_settings.items() <= dict(second.settings).items()
+            and set(self.first_settings) <= set(first.settings)
+            and set(self.second_settings) <= set(second.settings)
         )
 
 
@@ -59,38 +59,44 @@ _INSIDE = (
     'blocks with scope="blocks" and vae=False'
 )
 CONFLICTS: Final = (
-    Conflict("compile", {"mode": "reduce-overhead"}, "cache", {}, f'mode "reduce-overhead" {_GRAPHS}'),
-    Conflict("compile", {"mode": "max-autotune"}, "cache", {}, f'mode "max-autotune" {_GRAPHS}'),
+    Conflict("compile", (("mode", "reduce-overhead"),), "cache", (), f'mode "reduce-overhead" {_GRAPHS}'),
+    Conflict("compile", (("mode", "max-autotune"),), "cache", (), f'mode "max-autotune" {_GRAPHS}'),
     Conflict(
         "compile",
-        {"scope": "denoiser"},
+        (("scope", "denoiser"),),
         "cache",
-        {},
+        (),
         "the cache decides between the blocks, on data, and one graph of the whole denoiser has no such place: "
         'use apply_compile(pipe, scope="blocks")',
     ),
     Conflict(
         "fused_qkv",
-        {},
+        (),
         "offload",
-        {},
+        (),
         "an offload moves the three projections apart, so that none stays fused: leave fuse_qkv out",
     ),
-    Conflict("compile", {"scope": "denoiser"}, "offload", {"kind": "group"}, _INSIDE),
-    Conflict("compile", {"vae": True}, "offload", {"kind": "group"}, _INSIDE),
-    Conflict("compile", {}, "offload", {"kind": "group", "offload_type": "leaf_level"}, _INSIDE),
-    Conflict("compile", {}, "offload", {"kind": "sequential"}, _INSIDE),
+    Conflict("compile", (("scope", "denoiser"),), "offload", (("kind", "group"),), _INSIDE),
+    Conflict("compile", (("vae", True),), "offload", (("kind", "group"),), _INSIDE),
+    Conflict(
+        "compile",
+        (),
+        "offload",
+        (
+            ("kind", "group"),
+            ("offload_type", "leaf_level"),
+        ),
+        _INSIDE,
+    ),
+    Conflict("compile", (), "offload", (("kind", "sequential"),), _INSIDE),
     Conflict(
         "vae_tiling",
-        {},
+        (),
         "offload",
-        {"use_stream": True},
+        (("use_stream", True),),
         "diffusers learns from the first call in which order weights travel, and tiles change it: use_stream=False",
     ),
 )
-
-# Steps that need another one: (step, what it needs, why).
-REQUIRES: Final[tuple[tuple[str, str, str], ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +136,8 @@ class Plan:
 
 @dataclass(slots=True)
 class Handle:
-    """The mark on an optimized pipeline and on its denoiser."""
+    """The mark on the denoiser of an optimized pipeline."""
 
-    pipe: Any
     denoiser: Any
     patch: Patch
     steps: list[Step] = field(default_factory=list)
@@ -144,7 +149,7 @@ class Handle:
 
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
-    """Why `new` may not follow the steps `earlier`, or None: its place in `ORDER`, `CONFLICTS`, `REQUIRES`."""
+    """Why `new` may not follow the steps `earlier`, or None: its place in `ORDER`, `CONFLICTS`."""
     name = new.name
     for step in earlier:
         if step.name == name:
@@ -158,7 +163,4 @@ def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
         for conflict in CONFLICTS:
             if conflict.hits(step, new):
                 return conflict.reason
-    for needy, needed, reason in REQUIRES:
-        if needy == name and all(step.name != needed for step in earlier):
-            return reason
     return None

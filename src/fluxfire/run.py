@@ -3,18 +3,24 @@
 A block sees only projected tensors, so the reading is done once a call, from the inputs of the denoiser's `forward`:
 
 - A *run* is one call of the pipeline. It begins when the scheduler holds a new `timesteps` object, since
-  `set_timesteps` always makes one; the scheduler is not patched, and a run that raised leaves nothing to the next.
+  `set_timesteps` always makes one, or when its step goes backwards; the scheduler is not patched, and a run that raised
+  leaves nothing to the next. Runs on one denoiser follow each other: a call from another thread, or after the last
+  step, belongs to no run (another pipeline around the same denoiser with a scheduler of its own, say).
 - A *step* is one value of `scheduler.step_index`, an int on the host: no synchronization, and right for img2img (which
   starts in the middle), for repeated bf16 timesteps, for interrupted runs.
 - A *guidance branch* is the ordinal of the call within its step: two calls a step with true CFG. The branch must show
-  the same conditioning tensors in every step (same objects, not written to); if not, it starts anew.
+  the same conditioning tensors in every step (same objects, not written to); if not, it starts anew. (Tensors made in
+  inference mode do not count writes: one that is written to in the middle of a run goes unnoticed.)
 
-What a step keeps of a branch (`new_state()`) starts empty at each of these boundaries, and when the sizes change.
+What a step keeps of a branch (`new_state()`) starts empty at each of these boundaries, and when the sizes change. A
+call that belongs to no run has no state: it is computed, and nothing of it is kept.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,48 +59,45 @@ class RunReader(Generic[State]):
     """Follows the calls of one denoiser.
 
     Args:
-        scheduler: gives the pipeline's scheduler at call time, since it may be replaced.
-        forward: the denoiser's own forward, for its signature.
-        family: how to read its inputs.
+        pipe: whose scheduler is followed; it may be replaced. The pipeline itself is held weakly.
+        family: how to read the denoiser's inputs.
         new_state: makes an empty state for a branch.
     """
 
-    def __init__(
-        self,
-        scheduler: Callable[[], Any],
-        forward: Callable[..., Any],
-        family: Family,
-        new_state: Callable[[], State],
-    ) -> None:
-        self._scheduler = scheduler
-        self._signature = inspect.signature(forward)
+    def __init__(self, pipe: Any, family: Family, new_state: Callable[[], State]) -> None:
+        self._pipe, self._last_scheduler = weakref.ref(pipe), pipe.scheduler
+        self._signature = inspect.signature(pipe.transformer.forward)
         self._family = family
         self._new_state = new_state
         self._timesteps: object = None
         self._run = -1
+        self.outside = 0  # calls that belonged to no run
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the present run; the next call begins a new one."""
+        """Forgets the present run; the next call begins a new one, in its thread."""
         self._run += 1
         self._branches: dict[int, _Branch[State]] = {}
-        self._step_key: object = self  # equal to no step index
+        self._key = -math.inf
         self._step = -1
         self._ordinal = 0
+        self._thread = threading.get_ident()
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[State]:
         """Places the denoiser call with these arguments."""
         inputs = self._signature.bind(*args, **kwargs).arguments
-        scheduler = self._scheduler()
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not self._timesteps:
+        timesteps, key = self._schedule(inputs)
+        if timesteps is not self._timesteps or (key < self._key and self._thread == threading.get_ident()):
             self.reset()
             self._timesteps = timesteps
-        key = self._key(scheduler, inputs)
-        if key != self._step_key:
-            self._step_key, self._step, self._ordinal = key, self._step + 1, 0
+        if self._thread != threading.get_ident() or (timesteps is not None and key >= len(timesteps)):
+            self.outside += 1
+            return Call(self._run, max(self._step, 0), 0, 0, True, None)
+        if key != self._key:
+            self._key, self._step, self._ordinal = key, self._step + 1, 0
         branch, self._ordinal = self._ordinal, self._ordinal + 1
         known = self._open(branch, inputs) if branch < MAX_BRANCHES else None
+        self.outside += branch >= MAX_BRANCHES
         noise_tokens, state = (known.noise_tokens, known.state) if known else (0, None)
         return Call(self._run, self._step, branch, noise_tokens, self._family.splits(inputs), state)
 
@@ -106,11 +109,16 @@ class RunReader(Generic[State]):
         """Forgets what is kept for a branch: its call raised half-way."""
         self._branches.pop(branch, None)
 
-    def _key(self, scheduler: Any, inputs: Mapping[str, Any]) -> object:
-        """What is the same for all calls of one step, and differs between neighbouring steps."""
+    def _schedule(self, inputs: Mapping[str, Any]) -> tuple[Any, float]:
+        """The scheduler's timesteps, and what grows from step to step and is the same for all calls of one."""
+        if pipe := self._pipe():
+            self._last_scheduler = pipe.scheduler
+        scheduler = self._last_scheduler
         if hasattr(scheduler, "step_index"):
-            return scheduler.step_index
-        return inputs["timestep"].flatten()[0].item()  # one more device transfer a call
+            key = -1 if scheduler.step_index is None else scheduler.step_index
+        else:
+            key = -inputs["timestep"].flatten()[0].item()  # one more device transfer a call
+        return getattr(scheduler, "timesteps", None), key
 
     def _open(self, branch: int, inputs: Mapping[str, Any]) -> _Branch[State] | None:
         """What is kept of this branch: nothing if anything tells that the last call was of another kind."""

@@ -27,11 +27,16 @@ class CacheCall:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counts since `apply_cache` in samples x denoiser calls, the last run call by call, and the memory held now."""
+    """Counts since `apply_cache` in samples x denoiser calls, the last run call by call, and the memory held now.
+
+    `outside` counts denoiser calls that belonged to no run of this pipeline, and so were computed: made after the last
+    step, from another thread than the run's, or more than four a step.
+    """
 
     threshold: float
     hits: int
     computed: int
+    outside: int
     last_run: tuple[CacheCall, ...]
     kept_bytes: int
 
@@ -69,6 +74,7 @@ class Report:
     cache: CacheStats | None
     compile: CompileStats | None
     other: tuple[tuple[str, Any], ...] = ()  # (step, its counts) for the steps without a field of their own
+    lost: tuple[str, ...] = ()  # attributes of ours that somebody has thrown away
 
     def rows(self) -> list[tuple[str, str]]:
         """The report's lines: (what, text). The first says whether pictures differ from the pipe's own."""
@@ -79,12 +85,19 @@ class Report:
             calls = f"{cache.hits} of {cache.hits + cache.computed} denoiser calls ({cache.hit_rate:.0%})"
             rows.append(("hits", f"{calls} at threshold {cache.threshold:g}, {cache.kept_bytes / 2**20:.1f} MiB kept"))
             rows.append(("last run", f"{cache.marks()} (# computed, . hit)" if cache.last_run else "none yet"))
+            if cache.outside:
+                rows.append(
+                    ("warning", f"{cache.outside} denoiser calls outside of this pipeline's runs were not cached")
+                )
         if graphs := self.compile:
             counts = f"{graphs.graphs} compiled, {graphs.recompilations} of them recompilations"
             rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
         for name, counts in self.other:
             told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
             rows.append((name, ", ".join(told)))
+        if self.lost:
+            what = f"a step is not in effect any more, somebody replaced {', '.join(self.lost)}"
+            rows.append(("warning", f"{what}: call fluxfire.restore_pipeline(pipe), then optimize again"))
         return rows
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,7 +108,8 @@ class Report:
         return {"pictures": self._exactness()} | plain
 
     def _exactness(self) -> str:
-        approximate = [step.name for step in self.steps if step.kind == "approximate"]
+        exact = {"cache"} if self.cache and self.cache.threshold == 0 else set()
+        approximate = [step.name for step in self.steps if step.kind == "approximate" and step.name not in exact]
         if not approximate:
             return "as the pipe's own, up to rounding"
         unmeasured = "" if self.family in MEASURED else f"; unmeasured here for {self.family}: compare on your prompts"
