@@ -64,7 +64,12 @@ def test_functions_stay_short() -> None:
 
 
 def test_all_forms_of_import_are_seen(tmp_path: Path) -> None:
-    forms = "import fluxfire.compile", "from fluxfire import apply_cache", "from fluxfire.fuse import x", "from . import a"
+    forms = (
+        "import fluxfire.compile",
+        "from fluxfire import apply_cache",
+        "from fluxfire.fuse import x",
+        "from . import a",
+    )
     for form, seen in zip(forms, ("compile", "", "fuse", ""), strict=True):
         (tmp_path / "step.py").write_text(f"def f():\n    {form}\n")
         assert imports(tmp_path / "step.py") == {seen}
