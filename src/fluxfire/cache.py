@@ -125,10 +125,10 @@ def cache_stats(pipe: Any) -> CacheStats:
     return _cache_of(pipe).stats()
 
 
-def _cache_of(pipe: Any) -> FirstBlockCache | ParaAttnCache:
+def _cache_of(pipe: Any) -> FirstBlockCache:
     handle = handle_of(pipe)
     cache = handle.states.get("cache") if handle else None
-    if not isinstance(cache, FirstBlockCache | ParaAttnCache):
+    if not isinstance(cache, FirstBlockCache):
         raise NotOptimizedError("found no cache on this pipeline: call fluxfire.apply_cache(pipe) first")
     return cache
 

@@ -58,6 +58,7 @@ class _Present:
     """The denoiser call that is under way."""
 
     call: Call[_Kept]
+    tokens: int = 0  # the first image tokens, those that count
     leader_out: torch.Tensor | None = None  # (B, L, D)
     hits: tuple[bool, ...] = ()  # (B,)
     missed: torch.Tensor | None = None  # rows that missed, where others hit
@@ -117,6 +118,7 @@ class FirstBlockCache:
         streams = block(**arguments)
         if present := self._present:
             present.leader_out = _image(streams)
+            present.tokens = self._tokens(present.call, present.leader_out)
             self._decide(present, arguments["hidden_states"])
         return streams
 
@@ -139,7 +141,7 @@ class FirstBlockCache:
         present = self._present
         if present is None or present.call.state is None or self.threshold == 0:
             return streams
-        kept, n, leader_out, out = present.call.state, present.call.noise_tokens, present.leader_out, _image(streams)
+        kept, n, leader_out, out = present.call.state, present.tokens, present.leader_out, _image(streams)
         assert leader_out is not None
         text = out.shape[1] - leader_out.shape[1] if isinstance(streams, torch.Tensor) else 0  # before the image tokens
         noise = slice(text, text + n)
@@ -171,12 +173,21 @@ class FirstBlockCache:
             kept.first = kept.size = kept.rest = None  # this call is computed, and not what a later one compares with
         elif kept is not None:
             assert present.leader_out is not None
-            first = present.leader_out[:, : call.noise_tokens] - x[:, : call.noise_tokens]
-            if kept.rest is not None and kept.first is not None and kept.size is not None:
-                distances = tuple((_sum_abs(first - kept.first) / kept.size).tolist())
+            first = present.leader_out[:, : present.tokens] - x[:, : present.tokens]
+            if kept.rest is not None:
+                distances = self._distances(kept, first)
                 present.hits = self._hits_of(call, distances, kept.consecutive_hits)
             self._keep_first(kept, first, present)
         self._record(CacheCall(call.step, call.branch, present.hits, distances), call.run)
+
+    def _tokens(self, call: Call[_Kept], out: torch.Tensor) -> int:
+        """How many of the first image tokens count."""
+        return call.noise_tokens
+
+    def _distances(self, kept: _Kept, first: torch.Tensor) -> tuple[float, ...]:
+        """The relative L1 distance of every sample to its last computed call."""
+        assert kept.first is not None and kept.size is not None
+        return tuple((_sum_abs(first - kept.first) / kept.size).tolist())
 
     def _hits_of(self, call: Call[_Kept], distances: tuple[float, ...], consecutive: list[int]) -> tuple[bool, ...]:
         limit = math.inf if self._max_consecutive_hits is None else self._max_consecutive_hits
