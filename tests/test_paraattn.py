@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from conftest import attributes, embeds, make_pipe, run
 from diffusers import Flux2Transformer2DModel, FluxKontextPipeline, FluxPipeline
 
 import fluxfire
+import fluxfire.demo
 from fluxfire.paraattn import ParaAttnCache, check_paraattn
-from fluxfire.patches import applying
 
 MISSING = 'para-attn is not installed: uv pip install para-attn, or, with pip<26.3, pip install "fluxfire[para-attn]"'
 STEPS = 28
@@ -36,12 +36,20 @@ def pipe(flux_class: type, utils: Any) -> Any:
 
 
 def apply(pipe: Any, threshold: float) -> ParaAttnCache:
-    step = fluxfire.Step("cache", "approximate", (("threshold", threshold), ("backend", "para-attn")))
-    with applying(pipe, step, check_paraattn(pipe)) as handle:
-        cache = handle.states["cache"] = ParaAttnCache(pipe)
-        cache.threshold = threshold
-        cache.install(handle)
-    return cache
+    fluxfire.apply_cache(pipe, threshold, backend="para-attn")
+    return cast(ParaAttnCache, fluxfire.patches.handle_of(pipe).states["cache"])
+
+
+def draw(pipe: Any, **call: Any) -> torch.Tensor:
+    """Latents of one run: of the tiny random pipeline, or of the embedded model from its own prompt."""
+    if pipe.text_encoder is None:
+        return run(pipe, steps=STEPS, **call)
+    generator = torch.Generator().manual_seed(call.pop("seed", 0))
+    arguments = fluxfire.demo.call_kwargs() | {"prompt": "teapot, noto style"} | call
+    latents: torch.Tensor = pipe(
+        num_inference_steps=STEPS, generator=generator, output_type="latent", **arguments
+    ).images
+    return latents
 
 
 def theirs(utils: Any, pipe: Any, threshold: float, cfg: bool = False, **call: Any) -> tuple[torch.Tensor, list[bool]]:
@@ -63,7 +71,7 @@ def theirs(utils: Any, pipe: Any, threshold: float, cfg: bool = False, **call: A
     model.single_transformer_blocks = torch.nn.ModuleList()
     try:
         with utils.cache_context(utils.create_cache_context(residual_diff_threshold=threshold, enable_alter_cache=cfg)):
-            out = run(pipe, steps=STEPS, **call)
+            out = draw(pipe, **call)
     finally:
         model.transformer_blocks, model.single_transformer_blocks = lists
         counter.remove()
@@ -72,14 +80,14 @@ def theirs(utils: Any, pipe: Any, threshold: float, cfg: bool = False, **call: A
 
 def backend(pipe: Any, threshold: float, **call: Any) -> tuple[torch.Tensor, fluxfire.CacheStats]:
     cache = apply(pipe, threshold)
-    out = run(pipe, steps=STEPS, **call)
+    out = draw(pipe, **call)
     fluxfire.restore_pipeline(pipe)
     return out, cache.stats()
 
 
 def ours(pipe: Any, threshold: float, **call: Any) -> tuple[torch.Tensor, fluxfire.CacheStats]:
     fluxfire.apply_cache(pipe, threshold)
-    out = run(pipe, steps=STEPS, **call)
+    out = draw(pipe, **call)
     stats = fluxfire.cache_stats(pipe)
     fluxfire.restore_pipeline(pipe)
     return out, stats
@@ -122,6 +130,21 @@ def test_the_oracle_decides_and_draws_the_same(utils: Any, call: dict[str, Any])
             assert error(out, expected) < 1e-5
         assert distances(results[0][1]) == pytest.approx(distances(results[1][1]), rel=1e-5, nan_ok=True)
     assert mixed >= 5, "hits and misses must mix, or this shows little"
+
+
+@pytest.mark.parametrize("prompt, seed", [("teapot, noto style", 0), ("waffle, twemoji style", 1)])
+def test_the_oracle_agrees_on_the_embedded_model(utils: Any, prompt: str, seed: int) -> None:
+    """Real denoising: at these thresholds hits really happen."""
+    pipe = fluxfire.demo.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    shares = []
+    for threshold in (0.03, 0.05, 0.08, 0.12, 0.2, 0.3):
+        expected, decisions = theirs(utils, pipe, threshold, prompt=prompt, seed=seed)
+        shares.append(sum(decisions))
+        for out, stats in (f(pipe, threshold, prompt=prompt, seed=seed) for f in (backend, ours)):
+            assert hits(stats) == decisions
+            assert error(out, expected) < 1e-5
+    assert shares == sorted(shares) and shares[0] < shares[-3] < shares[-1]
 
 
 @pytest.mark.parametrize("cls, batch", [(FluxKontextPipeline, 1), (FluxPipeline, 3)], ids=["kontext", "batch of 3"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final, Literal, cast
 
+from typing_extensions import TypeIs
+
 from fluxfire.blocks import denoiser_of, family_of
 from fluxfire.errors import ArgumentError, NotOptimizedError
 from fluxfire.first_block import Batch, FirstBlockCache
@@ -133,7 +135,7 @@ def _cache_of(pipe: Any) -> FirstBlockCache:
     return cache
 
 
-def _is_count(value: object, least: int) -> bool:
+def _is_count(value: object, least: int) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
