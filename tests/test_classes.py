@@ -33,15 +33,6 @@ DENOISING = [name for name, case in CASES.items() if case.family != "none"]
 ONE_A_FAMILY = ("FluxKontextPipeline", "Flux2KleinPipeline", "Flux3ModularPipeline")
 # Steps that compute the same as before, to the bit: where the cache's threshold is 0, and a picture is one tile.
 BIT_IDENTICAL = {"cache", "vae_tiling", "offload"}
-# (class, step) -> what is wrong in fluxfire there; the tests below fail as soon as it is mended.
-BUGS = {
-    (
-        name,
-        "offload",
-    ): "still an AttributeError: modular pipelines have no enable_model_cpu_offload or enable_group_offload"
-    for name in DENOISING
-    if "Modular" in name
-}
 
 
 @functools.cache  # shared by all tests: each claims that it leaves the pipe as it was
@@ -109,13 +100,7 @@ def test_every_step_of_the_order_is_a_column() -> None:
     assert set(RECIPES) == set(PAIR_KNOBS) == set(ORDER)
 
 
-def _cell(name: str, step: str) -> Any:
-    bug = BUGS.get((name, step))
-    mark = pytest.mark.xfail(strict=True, raises=AttributeError, reason=bug) if bug else ()
-    return pytest.param(name, step, marks=mark)
-
-
-@pytest.mark.parametrize(("name", "step"), [_cell(name, step) for name in CASES for step in ORDER])
+@pytest.mark.parametrize(("name", "step"), list(itertools.product(CASES, ORDER)))
 def test_a_step_is_exact_or_refused_and_undone(name: str, step: str) -> None:
     assert outcome(name, step)
 
@@ -195,7 +180,6 @@ def test_each_call_of_a_guider_is_a_branch(guider: str) -> None:
     assert torch.equal(classes.run(pipe), baseline)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a guider's hook skips the leader: around_last asserts")
 def test_a_guider_that_skips_the_first_block_is_computed() -> None:
     pipe = guided(skipping(0))
     fluxfire.apply_cache(pipe, math.inf)
@@ -203,11 +187,7 @@ def test_a_guider_that_skips_the_first_block_is_computed() -> None:
 
 
 def pairs(name: str) -> list[str]:
-    return [
-        outcome(name, first, second)
-        for first, second in itertools.combinations(ORDER, 2)
-        if (name, first) not in BUGS and (name, second) not in BUGS
-    ]
+    return [outcome(name, first, second) for first, second in itertools.combinations(ORDER, 2)]
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
@@ -222,7 +202,7 @@ def test_a_pair_of_steps_on_every_other_class(name: str) -> None:
 
 
 def test_the_table_of_the_docs_is_what_was_found(request: pytest.FixtureRequest) -> None:
-    table = _markdown({(name, step): BUGS.get((name, step)) or outcome(name, step) for name in CASES for step in ORDER})
+    table = _markdown({(name, step): outcome(name, step) for name in CASES for step in ORDER})
     if request.config.getoption("--write-docs"):
         TABLE.write_text(table)
     assert TABLE.read_text() == table, "run: pytest tests/test_classes.py --write-docs, and read the difference"

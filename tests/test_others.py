@@ -60,6 +60,19 @@ def test_hooks_below_that_are_taken_off_leave_the_cache_on(pipe: Any) -> None:
     assert wrappers(pipe) == []
 
 
+def test_nothing_is_lost_under_all_our_steps_and_a_users_hook_between_them(pipe: Any) -> None:
+    baseline = run(pipe)
+    fluxfire.apply_fused_qkv(pipe)
+    fluxfire.apply_compile(pipe, backend="eager")
+    pipe.enable_model_cpu_offload(device="cpu")
+    fluxfire.apply_cache(pipe, 1e-9)
+    run(pipe)
+    assert fluxfire.report(pipe).lost == () and fluxfire.cache_stats(pipe).computed == 6
+    fluxfire.restore_pipeline(pipe)
+    assert wrappers(pipe) == []
+    assert torch.equal(run(pipe), baseline)
+
+
 def test_a_wrapper_that_somebody_threw_away_is_reported_and_restore_works(pipe: Any) -> None:
     fluxfire.apply_cache(pipe, math.inf)
     del pipe.transformer.forward

@@ -139,10 +139,9 @@ class FirstBlockCache:
         """A follower whose output is the leader's plus `rest`: the kept one on a hit, a new one to keep on a miss."""
         streams = self.around_follower(block, arguments)
         present = self._present
-        if present is None or present.call.state is None or self.threshold == 0:
-            return streams
+        if present is None or present.call.state is None or self.threshold == 0 or present.leader_out is None:
+            return streams  # a guider of diffusers may skip the leader: then nothing was decided
         kept, n, leader_out, out = present.call.state, present.tokens, present.leader_out, _image(streams)
-        assert leader_out is not None
         text = out.shape[1] - leader_out.shape[1] if isinstance(streams, torch.Tensor) else 0  # before the image tokens
         noise = slice(text, text + n)
         if not any(present.hits):

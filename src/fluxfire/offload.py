@@ -48,6 +48,11 @@ def check_offload(
     """
     _check_arguments(kind, offload_type, use_stream)
     target, found = _target(pipe, device), torch.accelerator.current_accelerator(check_available=True)
+    if not hasattr(pipe, "enable_group_offload"):
+        return (
+            f"found a {type(pipe).__name__}, a modular pipeline, which has no offload of its own: use diffusers' "
+            "ComponentsManager().enable_auto_cpu_offload(device)"
+        )
     if find_spec("accelerate") is None:
         return 'found no accelerate, whose hooks move the weights: pip install "accelerate>=1.1"'
     for name, component in _components(pipe).items():

@@ -112,8 +112,13 @@ class Patch:
 
     def lost(self) -> list[str]:
         """Attributes of ours that somebody has thrown away: that part of a step is not in effect any more."""
-        changes = [change for change in self._changes if isinstance(change, _Attribute)]
-        return [f"{type(change.owner).__name__}.{change.name}" for change in changes if change.place() is None]
+        return [f"{type(it.owner).__name__}.{it.name}" for it in self._outermost() if it.place() is None]
+
+    def _outermost(self, start: int = 0) -> list[_Attribute]:
+        """Of several wrappers of ours around one method the last: the others are where it wraps them."""
+        changes = [change for change in self._changes[start:] if isinstance(change, _Attribute)]
+        chain = {"_old_forward": "forward"}
+        return list({(id(it.owner), chain.get(it.name, it.name)): it for it in changes}.values())
 
     def on_undo(self, reverse: Callable[[], object]) -> None:
         """Calls `reverse()` at its turn in the undo: for changes that are no attributes, such as a tensor's layout."""
@@ -125,11 +130,9 @@ class Patch:
         Raises:
             UndoError: somebody wrapped an attribute in a way that we cannot step out of. Nothing was changed.
         """
-        attributes = [change for change in self._changes[start:] if isinstance(change, _Attribute)]
-        outermost = {(id(change.owner), change.name): change for change in attributes}.values()
         blockers = [
             f"{type(change.owner).__name__}.{change.name} was replaced by {code_of(vars(change.owner)[change.name])}"
-            for change in outermost
+            for change in self._outermost(start)
             if change.blocked()
         ]
         if blockers:

@@ -96,7 +96,7 @@ class Report:
             told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
             rows.append((name, ", ".join(told)))
         if self.lost:
-            what = f"a step is not in effect any more, somebody replaced {', '.join(self.lost)}"
+            what = f"a step is not in effect any more, somebody replaced {', '.join(sorted(set(self.lost)))}"
             rows.append(("warning", f"{what}: call fluxfire.restore_pipeline(pipe), then optimize again"))
         return rows
 
