@@ -76,12 +76,10 @@ def test_all_forms_of_import_are_seen(tmp_path: Path) -> None:
 
 
 def test_steps_do_not_import_each_other() -> None:
-    techniques = {"cache": {"first_block", "paraattn"}}  # a step and the files of its technique
-    steps = {path.stem for path in FILES} - PARTS - {"__init__", "optimize"}
+    cache = {"cache", "first_block", "paraattn"}  # the files of one step
     for path in FILES:
-        if path.stem in steps:
-            allowed = PARTS | techniques.get(path.stem, set())
-            assert imports(path) <= allowed, path.name
+        if path.stem not in PARTS | {"__init__", "optimize"}:
+            assert imports(path) <= PARTS | (cache if path.stem in cache else set()), path.name
 
 
 def test_every_step_has_its_check_and_its_place() -> None:
