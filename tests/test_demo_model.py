@@ -133,3 +133,8 @@ def test_reference_pictures_are_rgb_of_the_models_size():
 def test_unknown_reference_is_told_with_what_there_is():
     with pytest.raises(KeyError, match=demo.references()[0]):
         demo.reference("no-such-thing")
+
+
+def test_no_path_of_a_machine_is_in_the_model() -> None:
+    for file in demo.model_path().rglob("*.json"):
+        assert '"/' not in file.read_text(encoding="utf-8") or "tokenizer" in file.parent.name, file

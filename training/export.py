@@ -35,7 +35,9 @@ def save(nets: "Nets", prompts: "Prompts", vae: Path, folder: Path) -> None:
         part.to("cpu").load_state_dict(state)
         part.to(torch.float16)
     pipe.save_pretrained(folder, max_shard_size=SHARD)
-    for file in folder.glob("text_encoder*/config.json"):
+    for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
-        config["dtype"] = "float32"
+        config.pop("_name_or_path", None)  # a path of the machine that trained
+        if file.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
