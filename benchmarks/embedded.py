@@ -25,41 +25,33 @@ from tqdm import tqdm
 import fluxfire
 from fluxfire import demo
 from fluxfire.bench import quality
+from fluxfire.demo import compare
 
 THRESHOLDS = (0.0, 0.05, 0.12, 0.25)
 
 
-def cases(job: str, count: int) -> list[dict[str, Any]]:
-    """Arguments of the pipeline for the first `count` committed cases; edits are of the shipped reference pictures."""
-    if job == "t2i":
-        return [{"prompt": case.prompt, "seed": case.seed} for case in demo.prompts("t2i")[:count]]
-    names = demo.references()[:count]
-    styles = {name: next(style for style in demo.STYLES if not name.endswith(style)) for name in names}
-    return [{"prompt": f"in {styles[n]} style", "image": demo.reference(n), "seed": i} for i, n in enumerate(names)]
-
-
-def make(pipe: Any, case: dict[str, Any], steps: int) -> np.ndarray:
+def make(pipe: Any, job: compare.Job, steps: int) -> np.ndarray:
     """One picture as (H, W, 3) in 0..255."""
-    arguments = {name: value for name, value in case.items() if name != "seed"}
-    generator = torch.Generator().manual_seed(case["seed"])
-    call = demo.call_kwargs() | arguments
-    return np.asarray(pipe(num_inference_steps=steps, generator=generator, **call).images[0])
+    image = {} if job.reference is None else {"image": job.reference}
+    generator = torch.Generator().manual_seed(job.seed)
+    call = demo.call_kwargs() | image
+    return np.asarray(pipe(prompt=job.prompt, num_inference_steps=steps, generator=generator, **call).images[0])
 
 
-def measure(pipe: Any, job: str, count: int, steps: int) -> list[dict[str, Any]]:
+def measure(pipe: Any, kind: str, jobs: list[compare.Job], steps: int) -> list[dict[str, Any]]:
     """A row a threshold: share of hits, PSNR and SSIM to the pictures at threshold 0."""
     rows, baselines = [], []
     for threshold in THRESHOLDS:
         fluxfire.set_cache_threshold(pipe, threshold)
         shares, psnr, ssim = [], [], []
-        for index, case in enumerate(tqdm(cases(job, count), desc=f"{job} at {threshold:g}")):
-            picture = make(pipe, case, steps)
+        for index, job in enumerate(tqdm(jobs, desc=f"{kind} at {threshold:g}")):
+            picture = make(pipe, job, steps)
             if not threshold:
                 baselines.append(picture)
             shares.append(fluxfire.cache_stats(pipe).marks().count(".") / steps)
             psnr.append(quality.psnr(picture, baselines[index]))
             ssim.append(quality.ssim(picture, baselines[index]))
-        row = {"workload": f"embedded-{job}", "threshold": threshold, "steps": steps, "pictures": len(shares)}
+        row = {"workload": f"embedded-{kind}", "threshold": threshold, "steps": steps, "pictures": len(shares)}
         row |= {"hits": round(mean(shares), 3), "hits_sd": round(stdev(shares), 3)}
         if threshold:
             same = sum(math.isinf(value) for value in psnr)  # pictures without a single hit that mattered
@@ -80,7 +72,9 @@ def main() -> None:
     pipe = demo.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     fluxfire.apply_cache(pipe, 0)
-    rows = [row for job in ("t2i", "edit") for row in measure(pipe, job, options.cases, options.steps)]
+    jobs = compare.example_jobs(options.cases)
+    of_kind = {"t2i": [job for job in jobs if job.kind == "text"], "edit": [job for job in jobs if job.kind == "edit"]}
+    rows = [row for kind in of_kind for row in measure(pipe, kind, of_kind[kind], options.steps)]
     date = datetime.date.today().isoformat()
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
     about = versions | {"command": f"python benchmarks/embedded.py --cases {options.cases}", "date": date}

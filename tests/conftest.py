@@ -107,6 +107,25 @@ def attributes(pipe: Any) -> dict[tuple[str, str], int]:
     return {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
 
 
+def crash_between_and_within_steps(pipe: Any, fresh: torch.Tensor) -> None:
+    """Claims that a run after one that raised, between two steps or within one, is the `fresh` one."""
+
+    def crash(_pipe: Any, step: int, _timestep: Any, kwargs: Any) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, callback_on_step_end=crash)
+    assert torch.equal(run(pipe), fresh)
+
+    blow_up = pipe.transformer.single_transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(pipe)
+    blow_up.remove()
+    assert torch.equal(run(pipe), fresh)
+
+
 @pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])
 def flux_class(request: pytest.FixtureRequest) -> type:
     return request.param

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import embeds, make_pipe, run
+from conftest import crash_between_and_within_steps, embeds, make_pipe, run
 from diffusers import FluxKontextPipeline, FluxPipeline
 
 import fluxfire
@@ -159,20 +159,7 @@ def test_run_after_a_crash_equals_a_fresh_run(pipe: Any) -> None:
     fluxfire.apply_cache(pipe, math.inf)
     fresh = run(pipe)
 
-    def crash(_pipe: Any, step: int, _timestep: Any, kwargs: Any) -> Any:
-        if step == 2:
-            raise KeyboardInterrupt
-        return kwargs
-
-    with pytest.raises(KeyboardInterrupt):
-        run(pipe, callback_on_step_end=crash)
-    assert torch.equal(run(pipe), fresh)
-
-    blow_up = pipe.transformer.single_transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(pipe)
-    blow_up.remove()
-    assert torch.equal(run(pipe), fresh)
+    crash_between_and_within_steps(pipe, fresh)
 
 
 def test_a_call_that_failed_half_way_is_not_compared_with(pipe: Any) -> None:

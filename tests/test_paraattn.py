@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import attributes, embeds, make_pipe, run
+from conftest import attributes, crash_between_and_within_steps, embeds, make_pipe, run
 from diffusers import Flux2Transformer2DModel, FluxKontextPipeline, FluxPipeline
 
 import fluxfire
@@ -207,19 +207,7 @@ def test_a_run_starts_empty_also_after_a_crash(pipe: Any) -> None:
     fresh = run(pipe)
     assert torch.equal(run(pipe), fresh)
 
-    def crash(_pipe: Any, step: int, _timestep: Any, kwargs: Any) -> Any:
-        if step == 2:
-            raise KeyboardInterrupt
-        return kwargs
-
-    with pytest.raises(KeyboardInterrupt):
-        run(pipe, callback_on_step_end=crash)
-    assert torch.equal(run(pipe), fresh)
-    blow_up = pipe.transformer.single_transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(pipe)
-    blow_up.remove()
-    assert torch.equal(run(pipe), fresh)
+    crash_between_and_within_steps(pipe, fresh)
     assert hits(cache.stats()) == [False] + [True] * 5
 
 

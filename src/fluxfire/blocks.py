@@ -152,12 +152,14 @@ def code_of(value: Any) -> str:
 
 def offload_hook(module: torch.nn.Module) -> str | None:
     """The first hook of accelerate, or of diffusers' group offload, on the module or below it."""
-    for part in module.modules():
-        if hook := vars(part).get("_hf_hook"):
-            return type(hook).__name__
-        if hooks := group_hooks(part):
-            return hooks[0]
-    return None
+    return next(filter(None, map(own_offload_hook, module.modules())), None)
+
+
+def own_offload_hook(module: torch.nn.Module) -> str | None:
+    """The hook of accelerate, or of diffusers' group offload, on the module itself."""
+    if hook := vars(module).get("_hf_hook"):
+        return type(hook).__name__
+    return next(iter(group_hooks(module)), None)
 
 
 def group_hooks(module: torch.nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fluxfire.blocks import denoiser_of
+from fluxfire.blocks import denoiser_of, own_offload_hook
 from fluxfire.patches import Wrapper, applying
 from fluxfire.plan import Step
 
@@ -90,7 +90,7 @@ class FusedProjection:
             self.weight is not None
             and all(modules[layer] is linear for layer, linear in zip(self.layers, self._linears, strict=True))
             and not any(map(_hooked, self._linears))
-            and not any(map(_offload, self._path))
+            and not any(map(own_offload_hook, self._path))
             and all(owner.get(key) is part and _address(part) == address for owner, key, part, address in self._views)
         )
 
@@ -127,7 +127,7 @@ class FusedProjection:
 
     def obstacle(self) -> str | None:
         """Why the three layers cannot be fused now, or None."""
-        if hook := next(filter(None, map(_offload, self._path)), None):
+        if hook := next(filter(None, map(own_offload_hook, self._path)), None):
             return f"found {self.name} moved by {hook}, needed weights that stay: load the pipeline without offload"
         linears: list[Any] = [self.attention._modules[layer] for layer in self.layers]
         for layer, linear in zip(self.layers, linears, strict=True):
@@ -166,17 +166,6 @@ def _address(part: torch.Tensor | None) -> int:
 def _hooked(linear: Any) -> bool:
     """Whether calling the layer does more than its own forward: layerwise casting, an offload, a user's hook."""
     return "forward" in linear.__dict__ or bool(linear._forward_pre_hooks) or bool(linear._forward_hooks)
-
-
-def _offload(module: nn.Module) -> str | None:
-    """The hook on a module that may move the weights below it."""
-    attributes = vars(module)
-    if hook := attributes.get("_hf_hook"):
-        return f"accelerate's {type(hook).__name__}"
-    if "_diffusers_hook" not in attributes:
-        return None
-    names = attributes["_diffusers_hook"].hooks
-    return next((f"diffusers' {name}" for name in names if "offloading" in name), None)
 
 
 class FusedProjections:

@@ -8,7 +8,6 @@ denoising steps, decoding.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +22,7 @@ import torch
 from PIL import Image
 
 import fluxfire
+from fluxfire import demo
 from fluxfire.bench.quality import psnr, ssim
 
 Kind = Literal["text", "edit"]
@@ -105,14 +104,13 @@ def medians(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def example_jobs(count: int) -> tuple[Job, ...]:
-    """The first `count` pictures from text and as many edits, of the embedded model's committed lists."""
-    folder = Path(__file__).parent
-    lists = json.loads((folder / "prompts.json").read_text())
-    jobs = [Job("text", case["prompt"], case["seed"]) for case in lists["t2i"]["cases"][:count]]
-    for case in lists["edit"]["cases"][:count]:
-        reference = Image.open(folder / "references" / f"{case['name']}-{case['source']}.png").convert("RGB")
-        jobs.append(Job("edit", case["prompt"], case["seed"], reference))
-    return tuple(jobs)
+    """The first `count` committed cases from text, and as many edits as far as their reference pictures are shipped."""
+    text = [Job("text", case.prompt, case.seed) for case in demo.prompts("t2i")[:count]]
+    shipped = demo.references()
+    named = [(f"{case.name}-{case.source}", case) for case in demo.prompts("edit")]
+    cases = [(name, case) for name, case in named if name in shipped][:count]
+    edits = [Job("edit", case.prompt, case.seed, demo.reference(name)) for name, case in cases]
+    return (*text, *edits)
 
 
 def environment(pipe: Any) -> dict[str, Any]:
