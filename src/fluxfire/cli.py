@@ -1,4 +1,4 @@
-"""The command line: `fluxfire demo`.
+"""The command line: `fluxfire demo`, `fluxfire bench`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
 Each command is a function here with its options; its work stands elsewhere and is imported when the command runs.
@@ -75,6 +75,60 @@ def demo(
     files = show.save_sheets(comparison, out)
     show.print_all(console, comparison, about, files)
     print(json.dumps(about | comparison.to_json() | {"files": files}, allow_nan=False))
+
+
+@app.command()
+def bench(
+    workload: Annotated[str, typer.Option(help="Of --list, comma-separated.")] = "",
+    variants: Annotated[str, typer.Option(help="Of --list, comma-separated; eager is always there.")] = "default",
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Each step and compiler flag alone and left out too.")
+    ] = False,
+    batch: Annotated[str, typer.Option(help="Pictures at once, comma-separated.")] = "1",
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a picture.")] = 28,
+    repeats: Annotated[int, typer.Option(min=1, help="Pictures to take medians of.")] = 3,
+    device: Annotated[str | None, typer.Option(help="As torch names it; a GPU if there is one.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="float32 on a CPU, else bfloat16.")
+    ] = None,
+    errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Measure errors to float32.")] = True,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the machine, for the cost a picture.")] = None,
+    child_limit: Annotated[float, typer.Option(min=1, help="Seconds for a variant in its own process.")] = 480,
+    time_limit: Annotated[float | None, typer.Option(min=1, help="No variant begins after so many seconds.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and the log.")] = Path("benchmarks/results"),
+    list_names: Annotated[bool, typer.Option("--list", help="Print workloads and variants, and stop.")] = False,
+) -> None:
+    """Measure speed, memory, energy and error beside the peers, at full size with random weights or embedded."""
+    _need("bench", "rich")
+    import torch
+
+    from fluxfire.bench import show, workloads
+    from fluxfire.bench import variants as known
+    from fluxfire.bench.measure import Settings
+
+    if list_names:
+        return show.print_names()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check(out, device)
+    names = tuple(variant.name for variant in known.named(variants + ",ablation,ablation-stack" * ablate))
+    all_settings = [
+        Settings(
+            workload=name,
+            batch=count,
+            variants=names,
+            device=device,
+            dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
+            steps=steps,
+            repeats=repeats,
+            errors=errors,
+            price_per_hour=price_per_hour,
+        )
+        for name in workloads.named(workload or ("t2i-1024" if device != "cpu" else "embedded-t2i"))
+        for count in workloads.batches(batch)
+    ]
+    _quieten_loading()
+    files = show.bench_with_bars(all_settings, out, child_limit_s=child_limit, time_limit_s=time_limit)
+    print(json.dumps({"files": [str(file) for file in files]}))
 
 
 def _need(extra: str, *modules: str) -> None:

@@ -1,0 +1,183 @@
+"""What is compared: diffusers as it is, fluxfire's steps, the peers, and each step and compiler flag alone.
+
+A variant is a function that changes a new pipeline in place. Cached patterns are forced, since random weights have no
+hit rate: names that end in "half" compute every other step, `#.#.#.`, whatever the distance says, which is still
+computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import fluxfire
+from fluxfire.bench import peers
+from fluxfire.errors import ArgumentError
+
+# Changes a pipeline in place for runs of so many steps; returns what tells the last run's steps, "#.#." or "".
+Apply = Callable[[Any, int], Callable[[], str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of a table."""
+
+    name: str
+    apply: Apply
+    what: str  # the calls, as one would write them
+    isolated: bool = False  # leaves something in the process: runs in one of its own, beside its own eager row
+    flag: str = ""  # what an ablation is about
+    group: str = "peers"
+
+
+def no_marks() -> str:
+    """Nothing is cached."""
+    return ""
+
+
+def _eager(pipe: Any, steps: int) -> Callable[[], str]:
+    return no_marks
+
+
+def _lossless(pipe: Any, steps: int) -> Callable[[], str]:
+    fluxfire.apply_compile(pipe)
+    return no_marks
+
+
+def _cache_half(pipe: Any, steps: int) -> Callable[[], str]:
+    fluxfire.apply_cache(pipe, math.inf, max_consecutive_hits=1)
+    return lambda: fluxfire.cache_stats(pipe).marks()
+
+
+def _half(pipe: Any, steps: int) -> Callable[[], str]:
+    fluxfire.apply_compile(pipe)
+    return _cache_half(pipe, steps)
+
+
+# What the article that this project began with sets in torch._inductor.config, and modes of torch.compile.
+FLAGS: Final[dict[str, dict[str, Any]]] = {
+    "conv_1x1_as_mm": {"conv_1x1_as_mm": True},
+    "epilogue_fusion=False": {"epilogue_fusion": False},
+    "coordinate_descent_tuning": {"coordinate_descent_tuning": True},
+    "coordinate_descent_check_all_directions": {
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+    },
+    "shape_padding=False": {"shape_padding": False},  # True is torch's default
+}
+MAX_AUTOTUNE: Final = "max-autotune-no-cudagraphs"
+CUDA_GRAPHS: Final = "reduce-overhead"
+STEPS: Final = ("channels_last", "fused_qkv", "compile", "compile_vae", "cache")
+STACK: Final = (
+    *("conv_1x1_as_mm", "epilogue_fusion=False", "coordinate_descent_tuning"),
+    *("coordinate_descent_check_all_directions", MAX_AUTOTUNE, "channels_last", "fused_qkv", "compile", "compile_vae"),
+)
+
+
+def _ablated(parts: tuple[str, ...], pipe: Any, steps: int) -> Callable[[], str]:
+    """These steps and flags, in the order in which fluxfire applies them; a flag or a mode means compilation."""
+    if "channels_last" in parts:
+        fluxfire.apply_memory_format(pipe)
+    if "fused_qkv" in parts:
+        fluxfire.apply_fused_qkv(pipe)
+    options = {name: value for part in parts for name, value in FLAGS.get(part, {}).items()}
+    mode = next((part for part in parts if part in (MAX_AUTOTUNE, CUDA_GRAPHS)), "default")
+    if options or mode != "default" or "compile" in parts:
+        fluxfire.apply_compile(pipe, mode=mode, options=options, vae="compile_vae" in parts)
+    return _cache_half(pipe, steps) if "cache" in parts else no_marks
+
+
+def _ablations() -> list[Variant]:
+    """Each alone, the whole stack, and the stack without each."""
+    alone = [("channels_last",), ("channels_last", "compile", "compile_vae"), ("fused_qkv",), ("cache",), ("compile",)]
+    alone += [("compile", "compile_vae")]
+    alone += [("compile", *(["compile_vae"] if flag.startswith("conv") else []), flag) for flag in FLAGS]
+    alone += [("fused_qkv", "compile"), ("compile", CUDA_GRAPHS), ("compile", MAX_AUTOTUNE)]
+    made = [
+        Variant(
+            "only:" + "+".join(parts), partial(_ablated, parts), " + ".join(parts), flag=parts[-1], group="ablation"
+        )
+        for parts in alone
+    ]
+    made.append(Variant("stack", partial(_ablated, STACK), " + ".join(STACK), group="ablation-stack"))
+    for left_out in STACK:
+        parts = tuple(part for part in STACK if part != left_out)
+        if left_out == "compile":
+            parts = ("channels_last", "fused_qkv")  # the flags are compilation's
+        if left_out == "coordinate_descent_tuning":  # its directions switch it on
+            parts = tuple(part for part in parts if not part.startswith("coordinate"))
+        name = f"without:{left_out}"
+        made.append(Variant(name, partial(_ablated, parts), " + ".join(parts), flag=left_out, group="ablation-stack"))
+    return made
+
+
+_HALF = ", every other step forced to hit"
+VARIANTS: Final = {
+    variant.name: variant
+    for variant in (
+        Variant("eager", _eager, "diffusers as it is"),
+        Variant("fluxfire", _lossless, "fluxfire.apply_compile(pipe)"),
+        Variant("fluxfire-half", _half, f"apply_compile(pipe), apply_cache(pipe, inf, max_consecutive_hits=1){_HALF}"),
+        Variant(
+            "diffusers-compile",
+            peers.compile_repeated_blocks,
+            "pipe.transformer.compile_repeated_blocks(fullgraph=True)",
+        ),
+        Variant(
+            "diffusers-fbc-half",
+            peers.first_block_cache,
+            f"pipe.transformer.enable_cache(FirstBlockCacheConfig(...)){_HALF}",
+        ),
+        Variant(
+            "diffusers-fbc-compile-half",
+            peers.first_block_cache_compiled,
+            f"compile_repeated_blocks(), enable_cache(FirstBlockCacheConfig(...)){_HALF}",
+        ),
+        Variant(
+            "cache-dit-half",
+            peers.cache_dit_compiled,
+            f"cache_dit.enable_cache(pipe, DBCacheConfig(Fn=1, Bn=0)), compile_repeated_blocks(fullgraph=True){_HALF}",
+            isolated=True,
+        ),
+        Variant(
+            "torchao-fp8",
+            peers.torchao_float8,
+            "quantize_(pipe.transformer, Float8DynamicActivationFloat8WeightConfig(PerRow())), "
+            "compile_repeated_blocks(fullgraph=True)",
+            isolated=True,
+        ),
+        Variant(
+            "original-half",
+            peers.original_recipe,
+            "para-attn's first-block cache (repaired), fused QKV, channels_last, the whole transformer and vae.decode "
+            f"compiled max-autotune-no-cudagraphs, dynamic, its inductor flags{_HALF}",
+            isolated=True,
+        ),
+        *_ablations(),
+    )
+}
+GROUPS: Final = {
+    "default": tuple(name for name, variant in VARIANTS.items() if variant.group == "peers" and not variant.isolated),
+    **{
+        group: tuple(name for name, variant in VARIANTS.items() if variant.group == group)
+        for group in ("peers", "ablation", "ablation-stack")
+    },
+}
+
+
+def named(names: str) -> list[Variant]:
+    """Variants by name or group, comma-separated; eager always comes first.
+
+    Raises:
+        ArgumentError: a name that there is not.
+    """
+    wanted = ["eager"]
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in GROUPS and name not in VARIANTS:
+            known = ", ".join((*GROUPS, *VARIANTS))
+            raise ArgumentError(f"variants: found {name!r}, needed some of {known}")
+        wanted += GROUPS.get(name, (name,))
+    return [VARIANTS[name] for name in dict.fromkeys(wanted)]
