@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-_EVERY_S = 0.02
+_EVERY_S = 0.05
 
 
 class Reader(Protocol):

@@ -26,7 +26,7 @@ import torch
 
 from fluxfire.bench.energy import open_nvml
 from fluxfire.bench.measure import Put, Say, Settings, run
-from fluxfire.bench.results import RANDOM, File, Row, new_path, new_row
+from fluxfire.bench.results import FIELDS, RANDOM, File, Row, new_path, new_row
 from fluxfire.bench.variants import VARIANTS
 from fluxfire.bench.workloads import DEPTH, WORKLOADS
 
@@ -131,13 +131,10 @@ def in_child(settings: Settings, put: Put, limit_s: float) -> Row:
         last = _failed(settings, variant, f"{what} within {limit_s if began else _START_S:g} s") | {
             "first_call_s": limit_s if began else None
         }
-    for row in rows:
-        row.pop("done")
-        if row["variant"] == "eager":
-            put(row)
-        elif row["variant"] == variant:
-            last = row | {"beside": ""}
-    return last
+    newest = {row["variant"]: {name: row[name] for name in FIELDS} for row in rows}  # a row comes again with its error
+    if "eager" in newest:
+        put(newest["eager"])
+    return newest[variant] | {"beside": ""} if variant in newest else last
 
 
 def _read(path: Path) -> list[Row]:

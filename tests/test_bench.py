@@ -1,0 +1,309 @@
+"""`fluxfire bench` on the embedded model and tiny ones: counts, patterns and the schema, never times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import embeds, make_pipe
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fluxfire
+from fluxfire import cli
+from fluxfire.bench import limits, peers, results, runner, timing, variants, workloads
+from fluxfire.bench.energy import Meter
+from fluxfire.bench.measure import Bench, Settings
+
+TINY = {"steps": 5, "repeats": 2, "device": "cpu", "dtype": "float32"}
+CPU = torch.device("cpu")
+
+
+def bench(out: Path, *arguments: object) -> list[dict[str, Any]]:
+    """The command; the data of its results files."""
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", "--out", str(out), "--device", "cpu", *map(str, arguments)])
+    assert exit.value.code == 0
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+
+
+def measured(variant: variants.Variant, workload: str = "tiny-t2i", **settings: Any) -> results.Row:
+    of = Settings(**(TINY | {"workload": workload, "batch": 1, "variants": (), "errors": False} | settings))
+    measuring = Bench(of, lambda text: None)
+    measuring.prepare(lambda row: None)
+    return measuring.measure(variant, lambda row: None)
+
+
+def test_the_command_measures_the_embedded_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = "only:cache,diffusers-fbc-half,only:fused_qkv"
+    arguments = ("--steps", 4, "--repeats", 2, "--variants", names, "--price-per-hour", 2)
+    edit, text = bench(tmp_path, "--workload", "embedded-t2i,embedded-edit", *arguments)
+    assert {row["workload"] for row in text["rows"]} == {"embedded-t2i"}
+    for data in (edit, text):
+        assert set(data["run"]) >= {"gpu", "torch", "diffusers", "driver", "command", "date"}
+        assert all(tuple(row) == tuple(results.FIELDS) for row in data["rows"])
+        limit, eager, cache, fbc, fused = data["rows"]
+        assert [row["variant"] for row in data["rows"]] == ["limit", "eager", *names.split(",")]
+        assert (cache["pattern"], eager["pattern"]) == ("#.#.", "")
+        assert limit["ms_computed"] > limit["ms_cached"] > 0
+        for row in (eager, cache, fused):
+            stages = [row[name] for name in ("text_s", "encode_s", "denoise_s", "decode_s")]
+            assert row["s_picture"] == pytest.approx(sum(stages), rel=1e-3)
+            assert row["cost_picture"] == pytest.approx(row["s_picture"] * 2 / 3600, rel=1e-3)
+            assert row["ratio_to_eager"] == pytest.approx(eager["denoise_s"] / row["denoise_s"], rel=1e-3)
+            assert row["ratio_to_limit"] == pytest.approx(row["ms_computed"] / limit["ms_computed"], rel=1e-3)
+            assert row["rel_error"] < 1e-5 and row["joules_picture"] is None
+        assert fused["psnr_db"] is None or fused["psnr_db"] > 80  # None: the same picture to the last bit
+        assert 10 < cache["psnr_db"] < 80
+    # diffusers' cache forced the same way gives the same picture, and does not know Kontext.
+    fbc, cache = text["rows"][3], text["rows"][2]
+    assert (fbc["pattern"], fbc["error"]) == ("#.#.", None)
+    assert fbc["psnr_db"] == pytest.approx(cache["psnr_db"], abs=0.1)
+    assert "cache_context" in edit["rows"][3]["error"] and edit["rows"][3]["ms_computed"] is None
+    stdout, stderr = capfd.readouterr()
+    files = json.loads(stdout)["files"]
+    assert sorted(Path(file).suffix for file in files) == [".json", ".json", ".log", ".md", ".md"]
+    assert "embedded-edit b1 diffusers-fbc-half: ValueError" in stderr
+
+
+def test_a_child_that_takes_too_long_is_a_row_beside_its_own_eager(tmp_path: Path) -> None:
+    path = tmp_path / "bench.log"
+    rows: list[results.Row] = []
+    settings = Settings("tiny-t2i", 1, ("eager", "original-half"), beside="original-half", errors=False, **TINY)
+    with runner.output_to(path):
+        last = runner.in_child(settings, rows.append, 0.1)
+    assert [(row["variant"], row["beside"]) for row in rows] == [("eager", "original-half")]
+    assert rows[0]["ms_computed"] > 0
+    assert last["error"] == "did not finish within 0.1 s" and last["first_call_s"] == 0.1
+    assert "done" not in rows[0] | last
+
+
+def test_a_child_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_CHILD", "raise SystemExit(3)")
+    settings = Settings("tiny-t2i", 1, ("eager", "torchao-fp8"), beside="torchao-fp8", **TINY)
+    assert runner.in_child(settings, lambda row: None, 60)["error"] == "its process ended with code 3"
+
+
+def test_every_row_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
+    counts: list[int] = []
+
+    def look(text: str) -> None:
+        counts.extend(len(json.loads(path.read_text())["rows"]) for path in tmp_path.glob("*.json"))
+
+    settings = Settings("tiny-t2i", 2, ("eager", "only:fused_qkv", "only:cache"), errors=False, **TINY)
+    (file,) = runner.bench([settings], tmp_path, "command", say=look, advance=lambda row: None)
+    assert sorted(set(counts)) == [1, 2, 3] and len(file.rows) == 4
+    assert all(row["batch"] == 2 for row in file.rows)
+
+
+def test_past_the_time_limit_variants_are_rows_that_say_so(tmp_path: Path) -> None:
+    settings = Settings("tiny-t2i", 1, ("eager", "original-half"), errors=False, **TINY)
+    (file,) = runner.bench(
+        [settings], tmp_path, "command", say=lambda text: None, advance=lambda row: None, time_limit_s=0
+    )
+    assert ["not begun" in row["error"] for row in file.rows[1:]] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["diffusers-fbc-half", "only:cache"])
+def test_every_other_step_hits_in_every_run(name: str) -> None:
+    variant = variants.VARIANTS[name]
+    pipe = make_pipe()
+    marks = variant.apply(pipe, 5)
+    for steps in (1, 5, 4):
+        pipe(**embeds(), height=32, width=32, num_inference_steps=steps, output_type="latent")
+        assert marks() == "#.#.#"[:steps]
+
+
+def test_a_failing_variant_leaves_the_next_one_alone() -> None:
+    def fail(pipe: Any, steps: int) -> Any:
+        raise RuntimeError("first line\nsecond line")
+
+    failed = measured(variants.Variant("peer", fail, "peer.enable(pipe)"))
+    assert (failed["error"], failed["what"], failed["ms_computed"]) == (
+        "RuntimeError: first line",
+        "peer.enable(pipe)",
+        None,
+    )
+    assert measured(variants.VARIANTS["eager"])["error"] is None
+
+
+def test_ablations_apply_what_their_names_say() -> None:
+    def steps(name: str) -> dict[str, dict[str, Any]]:
+        pipe = make_pipe()
+        variants.VARIANTS[name].apply(pipe, 5)  # nothing is compiled before the first call
+        return {step.name: dict(step.settings) for step in fluxfire.report(pipe).steps}
+
+    whole = steps("stack")
+    assert list(whole) == ["memory_format", "fused_qkv", "compile"]
+    assert (whole["compile"]["mode"], whole["compile"]["vae"]) == ("max-autotune-no-cudagraphs", True)
+    assert set(dict(whole["compile"]["options"])) == {
+        *("conv_1x1_as_mm", "epilogue_fusion", "coordinate_descent_tuning", "coordinate_descent_check_all_directions")
+    }
+    assert list(steps("without:fused_qkv")) == ["memory_format", "compile"]
+    assert steps("without:max-autotune-no-cudagraphs")["compile"]["mode"] == "default"
+    assert "epilogue_fusion" not in dict(steps("without:epilogue_fusion=False")["compile"]["options"])
+    assert list(steps("without:compile")) == ["memory_format", "fused_qkv"]
+    alone = steps("only:compile+shape_padding=False")
+    assert list(alone) == ["compile"] and alone["compile"]["options"] == (("shape_padding", False),)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_counted_flops_are_torchs(batch: int) -> None:
+    config = workloads.transformer_config(workloads.WORKLOADS["tiny-t2i"], (2, 3))
+    model = FluxTransformer2DModel(**config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(
+            hidden_states=torch.randn(batch, 24, 16),
+            encoder_hidden_states=torch.randn(batch, 7, 32),
+            pooled_projections=torch.randn(batch, 16),
+            timestep=torch.ones(batch),
+            guidance=torch.ones(batch),
+            img_ids=torch.zeros(24, 3),
+            txt_ids=torch.zeros(7, 3),
+        )
+    counts = limits.count(config, batch, (7, 24), 4)
+    by_op = counter.get_flop_counts()["Global"]
+    bmm = sum(flops for op, flops in by_op.items() if "bmm" in str(op))
+    # pos_embed makes its angles by an outer product, which is no linear of the model's.
+    assert counts.attention_flops == bmm
+    assert counts.linear_flops == sum(flops for op, flops in by_op.items() if "addmm" in str(op))
+    assert counts.linear_flops + counts.attention_flops == counter.get_total_flops()
+
+
+def test_full_size_is_flux_1() -> None:
+    """The published sizes, on the meta device: 12 B, and T5-XXL's encoder with 4.8 B."""
+    workload = workloads.WORKLOADS["kontext-1024"]
+    pipe = workloads.build(workload, torch.device("meta"), torch.bfloat16)
+    encoders = workloads.build_text_encoders(workload, torch.device("meta"), torch.bfloat16)
+    assert encoders is not None
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (pipe.transformer, pipe.vae, *encoders)]
+    assert [round(size / 1e6) for size in sizes] == [11901, 84, 123, 4762]
+    assert workloads.tokens(workload, pipe) == (512, 8192)
+    counts = limits.count(workloads.transformer_config(workload), 1, (512, 8192), 2)
+    assert (round(counts.linear_flops / 1e12), round(counts.attention_flops / 1e12)) == (112, 53)
+
+
+def test_a_limit_adds_up() -> None:
+    config = workloads.transformer_config(workloads.WORKLOADS["tiny-t2i"])
+    limit = limits.measure(config, 1, (7, 16), CPU, torch.float32)
+    assert limit.computed_ms == pytest.approx(limit.linear_ms + limit.attention_ms + limit.passes_ms)
+    assert limit.linear_ms == pytest.approx(limit.linear_tflop / limit.gemm_tflop_s * 1e3)
+    assert limit.attention_ms == pytest.approx(limit.attention_tflop / limit.attention_tflop_s * 1e3)
+    assert limit.passes_ms == pytest.approx(limit.passes_gb / limit.copy_gb_s * 1e3)
+    assert limit.cached_ms > 0
+
+
+class Board:
+    """A GPU that draws 100 W; its counter, where it has one, says 5 J more at each reading."""
+
+    def __init__(self, counter: float | None) -> None:
+        self.counter = counter
+
+    def power_w(self) -> float:
+        return 100.0
+
+    def busy_percent(self) -> tuple[float, float]:
+        return 50.0, 20.0
+
+    def joules(self) -> float | None:
+        if self.counter is not None:
+            self.counter += 5
+        return self.counter
+
+
+def test_energy_is_the_counters_or_power_over_time() -> None:
+    start = time.perf_counter()
+    with Meter(Board(None)) as meter:
+        time.sleep(0.12)
+    energy, most = meter.result, time.perf_counter() - start
+    assert energy is not None and energy.source == "power integrated"
+    assert 0.12 * 100 * 0.8 < energy.joules <= most * 100
+    assert (energy.mean_w, energy.gpu_percent, energy.memory_percent) == (pytest.approx(100), 50, 20)
+    with Meter(Board(1000.0)) as meter:
+        pass
+    assert meter.result is not None and (meter.result.joules, meter.result.source) == (5, "counter")
+
+
+def test_steps_are_told_apart_and_the_first_is_left_out() -> None:
+    computed, cached = timing.steps_by_kind([1.0, 10.0, 3.0, 20.0], "#.#.#")
+    assert computed is not None and cached is not None
+    assert (computed.median, computed.count, cached.median, cached.count) == (15, 2, 2, 2)
+    assert timing.steps_by_kind([1.0], "#.")[0] is None
+    assert timing.steps_by_kind([4.0, 6.0], "")[0] == timing.Spread(5, 4.2, 5.8, 2)
+
+
+def test_a_results_file_is_strict_json_and_replaces_rows(tmp_path: Path) -> None:
+    file = results.File(results.new_path(tmp_path, "t2i-1024", "NVIDIA H100"), {"gpu": "x"})
+    same = {"workload": "w", "batch": 1}
+    file.put(results.new_row(variant="a", psnr_db=float("inf"), ms_computed=1.23456789, beside="", **same))
+    file.put(results.new_row(variant="b", beside="", **same))
+    file.put(results.new_row(variant="a", error="it | failed", beside="", **same))
+    rows = json.loads(file.path.read_text())["rows"]
+    assert [(row["variant"], row["error"], row["ms_computed"]) for row in rows] == [
+        ("a", "it | failed", None),
+        ("b", None, None),
+    ]
+    assert results.new_path(tmp_path, "t2i-1024", "NVIDIA H100").stem.endswith("_2")
+    assert "| `a` | **it / failed** |" in results.table([*rows, results.new_row(ms_cached=2.0, variant="c")])
+    assert results.plain(1.23456789) == 1.2346 and results.plain(float("nan")) is None
+    with pytest.raises(KeyError, match="speed"):
+        results.new_row(speed=1)
+
+
+def test_what_compilers_print_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with runner.output_to(tmp_path / "log") as stderr:
+        os.write(1, b"to stdout\n")  # print goes past file descriptor 1 where pytest captures
+        subprocess.run([sys.executable, "-c", "import sys; print('from a child', file=sys.stderr)"], check=True)
+        os.write(stderr, b"progress\n")
+    print("after")
+    assert capfd.readouterr() == ("after\n", "progress\n")
+    assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "from a child", "to stdout"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workload", "sdxl"), "workload: found 'sdxl', needed some of t2i-1024"),
+        (("--variants", "eager,teacache"), "variants: found 'teacache'"),
+        (("--batch", "1,x"), "batch: found '1,x'"),
+        (("--batch", "0"), "batch: found '0'"),
+    ],
+)
+def test_the_command_refuses_in_words(tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
+    with pytest.raises(SystemExit, match=f"fluxfire: {message}"):
+        cli.main(["bench", "--out", str(tmp_path), "--device", "cpu", *arguments])
+
+
+def test_the_command_lists_its_names(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--list"])
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in (*workloads.WORKLOADS, *variants.VARIANTS, *variants.GROUPS))
+
+
+def test_the_recipes_repair_walks_all_blocks_as_diffusers_does() -> None:
+    """Against the pipeline's own loop, at para-attn's threshold 0."""
+    utils = pytest.importorskip("para_attn.first_block_cache.utils")
+    pipe = make_pipe(FluxPipeline)
+    arguments = embeds() | {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent"}
+    latents = {"latents": torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))}
+    before = pipe(**arguments, **latents).images
+    blocks = utils.CachedTransformerBlocks(
+        pipe.transformer.transformer_blocks,
+        pipe.transformer.single_transformer_blocks,
+        transformer=pipe.transformer,
+        return_hidden_states_first=False,
+    )
+    blocks.call_remaining_transformer_blocks = peers._remaining_blocks.__get__(blocks)
+    pipe.transformer.transformer_blocks = torch.nn.ModuleList([blocks])
+    pipe.transformer.single_transformer_blocks = torch.nn.ModuleList()
+    with utils.cache_context(utils.create_cache_context(residual_diff_threshold=0.0)):
+        assert torch.equal(pipe(**arguments, **latents).images, before)
