@@ -22,6 +22,7 @@ PAIR_KNOBS: dict[str, dict[str, Any]] = {
     "memory_format": {},
     "fused_qkv": {},
     "compile": {"backend": "eager", "vae": True},
+    "static_blocks": {},
     "cache": {"threshold": 0},
     "vae_tiling": {},
     "offload": {"kind": "group", "device": "cpu"},

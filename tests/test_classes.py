@@ -32,7 +32,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 DENOISING = [name for name, case in CASES.items() if case.family != "none"]
 ONE_A_FAMILY = ("FluxKontextPipeline", "Flux2KleinPipeline", "Flux3ModularPipeline")
 # Steps that compute the same as before, to the bit: where the cache's threshold is 0, and a picture is one tile.
-BIT_IDENTICAL = {"cache", "vae_tiling", "offload"}
+BIT_IDENTICAL = {"static_blocks", "cache", "vae_tiling", "offload"}
 
 
 @functools.cache  # shared by all tests: each claims that it leaves the pipe as it was

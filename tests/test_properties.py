@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import classes
 import pytest
 import torch
 from conftest import PAIR_KNOBS, attributes, make_pipe, run
@@ -20,6 +21,7 @@ from fluxfire.plan import ORDER
 KNOBS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "memory_format": st.just({}),
     "fused_qkv": st.just({}),
+    "static_blocks": st.just({}),  # refused: these pipelines are FLUX.1
     "vae_tiling": st.just({}),
     "offload": st.fixed_dictionaries({"kind": st.sampled_from(["model", "group"]), "device": st.just("cpu")}),
     "compile": st.fixed_dictionaries({"backend": st.just("eager"), "dynamic": st.booleans(), "vae": st.booleans()}),
@@ -91,7 +93,7 @@ def test_steps_with_compile_are_undone_to_the_bit(cls: type, batch: int, chosen:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_step_is_refused_twice(name: str) -> None:
-    pipe = make_pipe(FluxPipeline)
+    pipe = classes.make("Flux3ModularPipeline") if name == "static_blocks" else make_pipe(FluxPipeline)
     knobs = PAIR_KNOBS[name]
     RECIPES[name].apply(pipe, **knobs)
     present = attributes(pipe)

@@ -22,6 +22,7 @@ from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.static_blocks import apply_static_blocks, check_static_blocks
 from fluxfire.stats import CacheCall, CacheStats, CompileStats, Report
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "apply_fused_qkv",
     "apply_memory_format",
     "apply_offload",
+    "apply_static_blocks",
     "apply_vae_tiling",
     "cache_stats",
     "check_cache",
@@ -54,6 +56,7 @@ __all__ = [
     "check_fused_qkv",
     "check_memory_format",
     "check_offload",
+    "check_static_blocks",
     "check_vae_tiling",
     "optimize_pipeline",
     "plan_pipeline",

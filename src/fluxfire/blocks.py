@@ -18,7 +18,7 @@ import torch
 from fluxfire.errors import NotFluxError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,15 @@ class Family:
     block_lists: tuple[str, ...]  # of the denoiser, in the order in which they run, from the first with noise tokens on
     conditioning: tuple[str, ...]  # arguments of a denoiser call that tell one guidance branch from another
     per_sample: tuple[str, ...]  # arguments of a block, besides its two streams, that hold a row for each sample
+    static_lists: tuple[str, ...] = ()  # of the denoiser: blocks with the same inputs in every step of a run
 
     def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
         """The blocks of the denoiser, in the order in which they run, from the first that sees noise tokens on."""
         return [block for name in self.block_lists for block in operator.attrgetter(name)(denoiser)]
+
+    def static_blocks(self, denoiser: Any) -> list[list[torch.nn.Module]]:
+        """The lists of blocks that compute the same in every step of a run, each in order."""
+        return [list(operator.attrgetter(name)(denoiser)) for name in self.static_lists]
 
     def conditioning_tensors(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of one denoiser call that stay the same objects over the steps of a guidance branch."""
@@ -87,8 +92,9 @@ FAMILIES: Final = (
         denoiser_class="Flux3Transformer2DModel",
         # `txt_mode_blocks` run before them in every call.
         block_lists=("mode_blocks.image", "mode_blocks.image_cond", "single_transformer_blocks"),
-        conditioning=("encoder_hidden_states", "image_cond_hidden_states"),
+        conditioning=("encoder_hidden_states", "image_cond_hidden_states", "txt_ids", "image_cond_ids"),
         per_sample=("temb_mod", "temb_mod_context"),
+        static_lists=("txt_mode_blocks", "mode_blocks.image_cond"),
     ),
 )
 
@@ -117,6 +123,11 @@ def family_of(pipe: Any) -> Family:
     for family in FAMILIES:
         if family.denoiser_class in names:
             return family
+    if "OptimizedModule" in names:
+        raise NotFluxError(
+            f"found a {type(pipe).__name__} whose transformer is wrapped by torch.compile(), needed the module itself: "
+            "pipe.transformer = pipe.transformer._orig_mod, and fluxfire compiles it"
+        )
     known = ", ".join(family.denoiser_class for family in FAMILIES)
     found = f"whose transformer is a {type(denoiser).__name__}" if denoiser is not None else "without a transformer"
     raise NotFluxError(
@@ -137,6 +148,37 @@ def wrapped_by(module: torch.nn.Module) -> str | None:
     if "forward" in vars(module) and not is_own(module, "forward"):
         return f"{code_of(vars(module)['forward'])}: take that off"
     return None
+
+
+def compiled_by_others(modules: Iterable[torch.nn.Module]) -> str | None:
+    """Why no step may decide around these modules: somebody's graphs would hold the decision. Or None."""
+    if any(module._compiled_call_impl is not None for module in modules):
+        return (
+            "found blocks compiled by module.compile() or compile_repeated_blocks(), which would pull the decision "
+            "what to compute into the graphs: load the pipeline anew and use fluxfire.apply_compile(pipe) first"
+        )
+    return None
+
+
+def parallel(denoiser: Any) -> str | None:
+    """Why no step may decide what to compute: processes that wait for each other share the denoiser. Or None."""
+    kinds = {cls.__name__ for parameter in denoiser.parameters() for cls in type(parameter).__mro__}
+    found = next(
+        (
+            what
+            for what, whether in (
+                ("diffusers' enable_parallelism()", getattr(denoiser, "_parallel_config", None) is not None),
+                ("ParaAttention's parallelize_pipe()", getattr(denoiser, "_is_parallelized", False)),
+                ("DTensor parameters, as tensor parallelism and FSDP make them", "DTensor" in kinds),
+            )
+            if whether
+        ),
+        None,
+    )
+    return found and (
+        f"found {found}, needed a denoiser whole in each process: ranks that decide differently wait for each other "
+        "for ever. Type optimize_pipeline(pipe, cache_threshold=None), or load the pipeline without parallelism"
+    )
 
 
 def is_own(owner: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 from typing_extensions import TypeIs
 
-from fluxfire.blocks import denoiser_of, family_of
+from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, parallel
 from fluxfire.errors import ArgumentError, NotOptimizedError
 from fluxfire.first_block import Batch, FirstBlockCache
 from fluxfire.paraattn import ParaAttnCache, check_paraattn
@@ -54,11 +54,8 @@ def check_cache(
         return f"found {len(blocks)} block in {type(denoiser).__name__}, needed at least 2: there is nothing to skip"
     if getattr(denoiser, "is_cache_enabled", False):
         return "a cache of diffusers is enabled: call pipe.transformer.disable_cache() first"
-    if any(block._compiled_call_impl is not None for block in (denoiser, *blocks)):
-        return (
-            "found blocks compiled by module.compile() or compile_repeated_blocks(), which would pull the cache's "
-            "decision into the graphs: load the pipeline anew and use fluxfire.apply_compile(pipe), then apply_cache"
-        )
+    if reason := compiled_by_others((denoiser, *blocks)) or parallel(denoiser):
+        return reason
     if backend == "para-attn":
         return check_paraattn(pipe, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits)
     return None

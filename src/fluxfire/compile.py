@@ -161,7 +161,9 @@ def check_compile(
 def _targets(pipe: Any, scope: str, vae: bool) -> list[torch.nn.Module]:
     """The modules whose forward is compiled. Of the VAE the decoder: tiling calls it tile by tile, from outside."""
     denoiser = denoiser_of(pipe)
-    targets = family_of(pipe).blocks(denoiser) if scope == "blocks" else [denoiser]
+    family = family_of(pipe)
+    blocks = dict.fromkeys(itertools.chain(family.blocks(denoiser), *family.static_blocks(denoiser)))
+    targets = list(blocks) if scope == "blocks" else [denoiser]
     return [*targets, pipe.vae.decoder] if vae else targets
 
 

@@ -19,6 +19,7 @@ from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
 from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
+from fluxfire.static_blocks import apply_static_blocks, check_static_blocks, has_static_blocks
 from fluxfire.stats import Report
 
 
@@ -33,6 +34,7 @@ RECIPES: Final = {
     "memory_format": _Recipe(check_memory_format, apply_memory_format, "lossless"),
     "fused_qkv": _Recipe(check_fused_qkv, apply_fused_qkv, "lossless"),
     "compile": _Recipe(check_compile, apply_compile, "lossless"),
+    "static_blocks": _Recipe(check_static_blocks, apply_static_blocks, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
     "vae_tiling": _Recipe(check_vae_tiling, apply_vae_tiling, "approximate"),
     "offload": _Recipe(check_offload, apply_offload, "lossless"),
@@ -44,6 +46,7 @@ def plan_pipeline(
     *,
     cache_threshold: float | None = 0.12,
     compile: bool | str = True,
+    static_blocks: bool | None = None,
     fuse_qkv: bool = False,
     memory_format: bool = False,
     vae_tiling: bool = False,
@@ -56,6 +59,7 @@ def plan_pipeline(
         pipe: a FLUX pipeline.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
@@ -69,12 +73,15 @@ def plan_pipeline(
     """
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
+    if static_blocks is None:
+        static_blocks = has_static_blocks(pipe)
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
         "fused_qkv": (fuse_qkv, {}),
         "compile": (compile, {"mode": compile if isinstance(compile, str) else "default"}),
+        "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
@@ -99,6 +106,7 @@ def optimize_pipeline(
     *,
     cache_threshold: float | None = 0.12,
     compile: bool | str = True,
+    static_blocks: bool | None = None,
     fuse_qkv: bool = False,
     memory_format: bool = False,
     vae_tiling: bool = False,
@@ -113,6 +121,7 @@ def optimize_pipeline(
         pipe: a FLUX pipeline, on the device and in the data type in which it will run.
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
@@ -135,6 +144,7 @@ def optimize_pipeline(
         pipe,
         cache_threshold=cache_threshold,
         compile=compile,
+        static_blocks=static_blocks,
         fuse_qkv=fuse_qkv,
         memory_format=memory_format,
         vae_tiling=vae_tiling,

@@ -25,6 +25,7 @@ ORDER: Final = (
     "memory_format",  # first: what is compiled later is compiled for this layout
     "fused_qkv",  # before compilation: the graphs hold the fused projection
     "compile",  # the blocks' own forward, so that no graph holds a later step's decision
+    "static_blocks",  # over the compiled blocks, and under the cache: rows of a batch are the cache's to choose
     "cache",  # over the compiled blocks: its decision depends on data and stays outside the graphs
     "vae_tiling",
     "offload",  # last: its hooks stand around everything
@@ -51,24 +52,24 @@ class Conflict:
 
 
 _GRAPHS = (
-    "replays CUDA graphs, which overwrite their outputs, and the cache keeps outputs over steps: "
+    "replays CUDA graphs, which overwrite their outputs, and this step keeps outputs over denoising steps: "
     'use mode="max-autotune-no-cudagraphs" or mode="default"'
+)
+_WHOLE = (
+    "this step decides between the blocks what to compute, and one graph of the whole denoiser has no such place: "
+    'use apply_compile(pipe, scope="blocks")'
 )
 _INSIDE = (
     'the offload\'s hooks would stand inside a compiled graph, which they break: use kind "model", or "group" by '
     'blocks with scope="blocks" and vae=False'
 )
 CONFLICTS: Final = (
-    Conflict("compile", (("mode", "reduce-overhead"),), "cache", (), f'mode "reduce-overhead" {_GRAPHS}'),
-    Conflict("compile", (("mode", "max-autotune"),), "cache", (), f'mode "max-autotune" {_GRAPHS}'),
-    Conflict(
-        "compile",
-        (("scope", "denoiser"),),
-        "cache",
-        (),
-        "the cache decides between the blocks, on data, and one graph of the whole denoiser has no such place: "
-        'use apply_compile(pipe, scope="blocks")',
+    *(
+        Conflict("compile", (("mode", mode),), keeper, (), f'mode "{mode}" {_GRAPHS}')
+        for mode in ("reduce-overhead", "max-autotune")
+        for keeper in ("static_blocks", "cache")
     ),
+    *(Conflict("compile", (("scope", "denoiser"),), keeper, (), _WHOLE) for keeper in ("static_blocks", "cache")),
     Conflict(
         "fused_qkv",
         (),

@@ -42,6 +42,7 @@ class Call(Generic[State]):
     run: int
     step: int  # denoising steps of this run before this one
     branch: int
+    batch: int
     noise_tokens: int
     splits: bool  # whether its samples can be computed apart
     state: State | None  # what is kept for this branch; None for a call that can neither hit nor be compared with
@@ -86,20 +87,21 @@ class RunReader(Generic[State]):
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call[State]:
         """Places the denoiser call with these arguments."""
         inputs = self._signature.bind(*args, **kwargs).arguments
+        batch = inputs["hidden_states"].shape[0]
         timesteps, key = self._schedule(inputs)
         if timesteps is not self._timesteps or (key < self._key and self._thread == threading.get_ident()):
             self.reset()
             self._timesteps = timesteps
         if self._thread != threading.get_ident() or (timesteps is not None and key >= len(timesteps)):
             self.outside += 1
-            return Call(self._run, max(self._step, 0), 0, 0, True, None)
+            return Call(self._run, max(self._step, 0), 0, batch, 0, True, None)
         if key != self._key:
             self._key, self._step, self._ordinal = key, self._step + 1, 0
         branch, self._ordinal = self._ordinal, self._ordinal + 1
         known = self._open(branch, inputs) if branch < MAX_BRANCHES else None
         self.outside += branch >= MAX_BRANCHES
         noise_tokens, state = (known.noise_tokens, known.state) if known else (0, None)
-        return Call(self._run, self._step, branch, noise_tokens, self._family.splits(inputs), state)
+        return Call(self._run, self._step, branch, batch, noise_tokens, self._family.splits(inputs), state)
 
     def states(self) -> list[State]:
         """What is kept now, branch by branch."""
@@ -130,17 +132,17 @@ class RunReader(Generic[State]):
             noise_tokens = self._family.noise_tokens(inputs)  # a device transfer, so once a run and not once a call
             if noise_tokens is None:
                 return None
-            conditioning = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+            conditioning = [(weakref.ref(tensor), writes(tensor)) for tensor in tensors]
             known = self._branches[branch] = _Branch(conditioning, layout, noise_tokens, self._new_state())
         return known
 
 
 def _same(known: list[tuple[weakref.ref[torch.Tensor], int]], tensors: list[torch.Tensor]) -> bool:
     return len(known) == len(tensors) and all(
-        ref() is tensor and version == _version(tensor) for (ref, version), tensor in zip(known, tensors, strict=True)
+        ref() is tensor and count == writes(tensor) for (ref, count), tensor in zip(known, tensors, strict=True)
     )
 
 
-def _version(tensor: torch.Tensor) -> int:
+def writes(tensor: torch.Tensor) -> int:
     """How often the tensor was written to; tensors made in inference mode do not count it."""
     return 0 if tensor.is_inference() else tensor._version
