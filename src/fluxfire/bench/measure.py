@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from fluxfire.bench import limits, timing, workloads
 from fluxfire.bench.energy import Energy, Meter, open_nvml
-from fluxfire.bench.results import Row, new_row, plain
+from fluxfire.bench.results import FIELDS, Row, new_row, plain
 from fluxfire.bench.variants import VARIANTS, Variant
 from fluxfire.bench.workloads import DEPTH, WORKLOADS, Picture
 
@@ -59,7 +59,24 @@ class Bench:
         self._eager_picture: torch.Tensor | None = None
 
     def prepare(self, put: Put) -> None:
-        """Measures the limit, which is a row, and makes what all variants share."""
+        """Makes what all variants share: the limit, which is a row, the float32 reference, the text encoders.
+
+        Without a limit or a reference variants can be measured all the same: why there is none is the limit's `error`.
+        """
+        row = self._row("limit")
+        try:
+            self._measure_shared(row, put)
+        except Exception as error:
+            row["error"] = ("float32 reference: " if self._limit else "") + _one_line(error)
+            put(row)
+        _free()
+        self.say("text encoders")
+        self._text_encoders = workloads.build_text_encoders(self.workload, self.device, self.dtype)
+        if self.device.type == "cuda":  # the compiler's processes start with the first graph: not one variant's cost
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=self.device))
+
+    def _measure_shared(self, row: Row, put: Put) -> None:
+        """The limit, into `row`, then the float32 reference."""
         self.say("limit")
         pipe = self._build(DEPTH)
         tokens = workloads.tokens(self.workload, pipe)
@@ -67,23 +84,15 @@ class Bench:
         if self.workload.model == "full":
             config |= {"num_layers": 19, "num_single_layers": 38}
         self._limit = of = limits.measure(config, self.settings.batch, tokens, self.device, self.dtype)
-        row = self._row("limit") | {"what": of.describe()}
-        put(row | {"ms_computed": plain(of.computed_ms), "ms_cached": plain(of.cached_ms)})
+        row |= {"what": of.describe(), "ms_computed": plain(of.computed_ms), "ms_cached": plain(of.cached_ms)}
+        put(row)
         if self.settings.errors:
             self.say("float32 reference")
             self._reference = self._output(pipe.to(torch.float32))
-        self.say("text encoders")
-        self._text_encoders = workloads.build_text_encoders(self.workload, self.device, self.dtype)
-        if self.device.type == "cuda":  # the compiler's processes start with the first graph: not one variant's cost
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=self.device))
 
-    def measure(self, variant: Variant, put: Put, *, too_late: bool = False) -> Row:
+    def measure(self, variant: Variant, put: Put) -> Row:
         """Puts the variant's row with its times, and again with its error. What it raises is its row's `error`."""
         row = self._row(variant.name) | {"what": variant.what}
-        if too_late:
-            row["error"] = "not begun: the time limit was reached"
-            put(row)
-            return row
         pipe: Any = None
         try:
             with _empty_caches():
@@ -161,10 +170,13 @@ class Bench:
     def _derived(self, values: Row, energy: Energy | None) -> Row:
         """What follows from the times: energy, cost, distance to the limit."""
         derived: Row = {}
-        if energy:
-            joules = energy.joules / self.settings.repeats / self.settings.batch
-            derived |= {"joules_picture": joules, "pictures_wh": 3600 / joules, "mean_w": energy.mean_w}
-            derived |= {"gpu_percent": energy.gpu_percent, "memory_percent": energy.memory_percent}
+        if energy and self.nvml:
+            derived |= {name: value for name, value in asdict(energy).items() if name in FIELDS}
+            if energy.joules:
+                joules = energy.joules / self.settings.repeats / self.settings.batch
+                derived |= {"joules_picture": joules, "pictures_wh": 3600 / joules}
+            if energy.dram_percent is not None and (peak := self.nvml.dram_peak_gb_s()):
+                derived["dram_gb_s"] = energy.dram_percent / 100 * peak
         if (price := self.settings.price_per_hour) is not None:
             derived["cost_picture"] = values["s_picture"] * price / 3600
         if self._limit and (ms := values.get("ms_computed")):
@@ -252,8 +264,24 @@ def run(settings: Settings, put: Put, say: Say, done: Put, late: Callable[[], bo
         late: whether no variant may begin any more.
     """
     bench = Bench(settings, say)
-    bench.prepare(put)
+    instead = "not begun: the time limit was reached" if late() else ""
+    try:
+        if not instead:
+            bench.prepare(put)
+    except Exception as error:  # such as memory for the text encoders
+        instead = _one_line(error)
     for name in settings.variants:
-        done(bench.measure(VARIANTS[name], put, too_late=late()))
+        if instead or late():
+            row = failed(settings, name, instead or "not begun: the time limit was reached")
+            put(row)
+        else:
+            row = bench.measure(VARIANTS[name], put)
+        done(row)
     del bench
     _free()
+
+
+def failed(settings: Settings, variant: str, error: str) -> Row:
+    """A variant's row where there is nothing but why."""
+    same = {"workload": settings.workload, "batch": settings.batch, "steps": settings.steps, "beside": settings.beside}
+    return new_row(variant=variant, what=VARIANTS[variant].what, error=error, **same)

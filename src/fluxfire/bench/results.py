@@ -45,6 +45,10 @@ FIELDS: Final = {
     "cost_picture": "at the run's price_per_hour",
     "gpu_percent": "NVML: share of time with a kernel running",
     "memory_percent": "NVML: share of time with memory in use; not a bandwidth",
+    "sm_percent": "NVML GPM: multiprocessors busy",
+    "tensor_percent": "NVML GPM: tensor cores busy",
+    "dram_percent": "NVML GPM: of the memory's peak bandwidth",
+    "dram_gb_s": "dram_percent of the peak",
     "dram_gb_s_at_least": "weights and unavoidable passes of a computed step (limits.py) over its time",
     "error": "why there is nothing else",
 }
@@ -119,8 +123,9 @@ COLUMNS: Final[tuple[tuple[str, str, str], ...]] = (  # head, field, format
     ("pictures a Wh", "pictures_wh", ".2f"),
     ("cost a picture", "cost_picture", ".5f"),
     ("GPU %", "gpu_percent", ".0f"),
-    ("memory %", "memory_percent", ".0f"),
-    ("GB/s at least", "dram_gb_s_at_least", ".0f"),
+    ("SM %", "sm_percent", ".0f"),
+    ("tensor %", "tensor_percent", ".0f"),
+    ("DRAM GB/s", "dram_gb_s", ".0f"),
 )
 
 

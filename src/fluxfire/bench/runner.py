@@ -25,8 +25,8 @@ from typing import Any, Final
 import torch
 
 from fluxfire.bench.energy import open_nvml
-from fluxfire.bench.measure import Put, Say, Settings, run
-from fluxfire.bench.results import FIELDS, RANDOM, File, Row, new_path, new_row
+from fluxfire.bench.measure import Say, Settings, failed, run
+from fluxfire.bench.results import FIELDS, RANDOM, File, Row, new_path
 from fluxfire.bench.variants import VARIANTS
 from fluxfire.bench.workloads import DEPTH, WORKLOADS
 
@@ -89,20 +89,24 @@ def bench(
         put = files[name].put
         own = tuple(name for name in settings.variants if not VARIANTS[name].isolated)
         apart = [name for name in settings.variants if VARIANTS[name].isolated]
-        run(replace(settings, variants=own), put, say=say, done=advance, late=late)
+        alone = own == ("eager",) and bool(apart)  # every child measures eager and the limit itself
+        if not alone:
+            run(replace(settings, variants=own), put, say=say, done=advance, late=late)
         for variant in apart:
             if late():
-                row = _failed(settings, variant, f"not begun within {time_limit_s:g} s")
+                put(failed(settings, variant, "not begun: the time limit was reached"))
             else:
                 say(f"{variant}, in a process of its own")
-                row = in_child(replace(settings, variants=("eager", variant), beside=variant), put, child_limit_s)
-            put(row)
-            advance(row)
+                beside = replace(settings, variants=("eager", variant), beside=variant)
+                for row in in_child(beside, child_limit_s):
+                    if row["variant"] != "limit" or alone:
+                        put(row)
+            advance(files[name].rows[-1])
     return list(files.values())
 
 
-def in_child(settings: Settings, put: Put, limit_s: float) -> Row:
-    """Runs `settings` in a new process; its rows are put as they come. The last variant's row, whatever happens."""
+def in_child(settings: Settings, limit_s: float) -> list[Row]:
+    """Runs `settings` in a new process. Its rows: limit and eager as far as it came, and its variant's in any case."""
     variant = settings.variants[-1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -125,16 +129,14 @@ def in_child(settings: Settings, put: Put, limit_s: float) -> Row:
                 os.killpg(process.pid, signal.SIGKILL)  # compilation's own processes too
             process.wait()
         rows = _read(path)
-    last = _failed(settings, variant, f"its process ended with code {process.returncode}")
-    if late:
-        what = "did not finish" if began else "its process did not come to it"
-        last = _failed(settings, variant, f"{what} within {limit_s if began else _START_S:g} s") | {
-            "first_call_s": limit_s if began else None
-        }
     newest = {row["variant"]: {name: row[name] for name in FIELDS} for row in rows}  # a row comes again with its error
-    if "eager" in newest:
-        put(newest["eager"])
-    return newest[variant] | {"beside": ""} if variant in newest else last
+    if variant not in newest:
+        why = f"its process ended with code {process.returncode}"
+        if late:
+            what = "did not finish" if began else "its process did not come to it"
+            why = f"{what} within {limit_s if began else _START_S:g} s"
+        newest[variant] = failed(settings, variant, why) | {"first_call_s": limit_s if late and began else None}
+    return [row | {"beside": variant if row["variant"] == "eager" else ""} for row in newest.values()]
 
 
 def _read(path: Path) -> list[Row]:
@@ -160,11 +162,6 @@ def child() -> None:
         )
 
 
-def _failed(settings: Settings, variant: str, error: str) -> Row:
-    same = {"workload": settings.workload, "batch": settings.batch, "steps": settings.steps, "beside": ""}
-    return new_row(variant=variant, what=VARIANTS[variant].what, error=error, **same)
-
-
 @contextmanager
 def output_to(path: Path) -> Iterator[int]:
     """What compilers print (autotuning prints tables), children's output too, goes to a file.
@@ -175,7 +172,7 @@ def output_to(path: Path) -> Iterator[int]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
