@@ -101,6 +101,8 @@ def bench(
                 for row in in_child(beside, child_limit_s):
                     if row["variant"] != "limit" or alone:
                         put(row)
+                    if row["variant"] == "eager" and alone and variant == apart[0]:
+                        advance(row)
             advance(files[name].rows[-1])
     return list(files.values())
 
