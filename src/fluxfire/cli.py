@@ -1,4 +1,4 @@
-"""The command line: `fluxfire demo`, `fluxfire bench`.
+"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire serve`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
 Each command is a function here with its options; its work stands elsewhere and is imported when the command runs.
@@ -21,7 +21,10 @@ try:
 except ModuleNotFoundError as error:  # the console script exists without the extra too: one line, not a traceback
     raise SystemExit(f"fluxfire: the command line needs {error.name}: pip install 'fluxfire[cli]'") from None
 
+from fluxfire.serve.command import serve
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,0 +1,117 @@
+"""What an operator sets: by option of `fluxfire serve`, by environment (`FLUXFIRE_MAX_STEPS=50`), or in `.env`.
+
+Secrets are `SecretStr`: printed as stars. `Settings.secrets()` lists them for the log's filter.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB: Final = 2**20
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ApiKey(BaseModel):
+    """Somebody who may ask for pictures."""
+
+    name: Annotated[str, Field(min_length=1)]  # for the log and the metrics
+    key: Annotated[SecretStr, Field(min_length=16)]
+    pictures_per_minute: Positive | None = None  # None: as many as the queue takes
+
+
+class Settings(BaseSettings):
+    """Every setting with its default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FLUXFIRE_", env_file=".env", extra="ignore", frozen=True, protected_namespaces=()
+    )
+
+    # The model (model.py says how one is named).
+    model: str = "embedded"
+    name: str | None = None  # what clients call it; None: its own
+    device: str = "auto"  # a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float32 on a CPU, else bfloat16
+    cache_threshold: Annotated[float, Field(ge=0)] | None = 0.12
+    compile: bool | Literal["auto"] = "auto"  # on a GPU; on a CPU it takes 20 s and more at every start
+    warm_sizes: tuple[tuple[Positive, Positive], ...] = ()  # (width, height); none: the model's own size
+    hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
+
+    # Who may connect.
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: a free one
+    api_keys: tuple[ApiKey, ...] = ()
+    public_url: str | None = (
+        None  # how clients reach the server, for the URLs of pictures; None: the Host that they name
+    )
+
+    # How much.
+    max_body_bytes: Positive = 20 * MIB
+    max_input_pixels: Positive = 2**24
+    max_pixels: Positive = 2048 * 2048
+    max_steps: Positive = 100
+    max_pictures: Positive = 10
+    max_open_requests: Positive = 512
+    max_batch: Positive = 4
+    queue_cost: Positive = 32 * 28 * 1024 * 1024  # pixels x steps that may wait
+    idempotency_bytes: Positive = 256 * MIB
+
+    # How long.
+    deadline_s: Seconds = 600.0  # in the queue and running
+    body_s: Seconds = 30.0  # to send a request's body
+    drain_s: Seconds = 120.0  # after SIGTERM
+    silence_s: Seconds = 300.0  # after which a worker that should be denoising is taken for hung
+    idempotency_s: Seconds = 600.0
+
+    # Where pictures are kept when a URL is asked for.
+    storage: Literal["local", "s3"] = "local"
+    storage_dir: Path = Path("fluxfire-pictures")
+    storage_fallback: Literal["base64", "local", "error"] = "base64"  # when storing fails
+    url_s: Annotated[int, Field(gt=0, le=7 * 24 * 3600)] = 3600  # how long a URL works
+    s3_bucket: str | None = None
+    s3_endpoint: str | None = None  # for R2: https://<account>.r2.cloudflarestorage.com
+    s3_region: str = "auto"
+    s3_access_key_id: SecretStr | None = None
+    s3_secret_access_key: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _storage_is_whole(self) -> Self:
+        needed = ("s3_bucket", "s3_access_key_id", "s3_secret_access_key")
+        if self.storage == "s3" and (missing := [name for name in needed if not getattr(self, name)]):
+            raise ValueError(f"storage is s3, which needs {', '.join(f'FLUXFIRE_{name.upper()}' for name in missing)}")
+        return self
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret's value."""
+        single = (self.hf_token, self.s3_access_key_id, self.s3_secret_access_key)
+        keys = (key.key for key in self.api_keys)
+        return tuple(secret.get_secret_value() for secret in (*single, *keys) if secret)
+
+    def worker_environment(self) -> dict[str, str]:
+        """The worker's environment: ours without what is only ours, and the Hub's token, which it may need."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("FLUXFIRE_")}
+        token = {"HF_TOKEN": self.hf_token.get_secret_value()} if self.hf_token else {}
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return quiet | own | token
+
+    def worker_options(self) -> dict[str, Any]:
+        """What the worker is started with; no secrets. `auto` is decided here."""
+        import torch
+
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        on_cpu = device.startswith("cpu")
+        return {
+            "model": self.model,
+            "name": self.name,
+            "device": device,
+            "dtype": ("float32" if on_cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
+            "cache_threshold": self.cache_threshold,
+            "compile": not on_cpu if self.compile == "auto" else self.compile,
+            "warm_sizes": self.warm_sizes,
+            "max_batch": self.max_batch,
+        }

@@ -1,0 +1,79 @@
+"""A server for tests: the real one on a real socket, in a thread, with its worker in a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from fluxfire.serve.app import create_app
+from fluxfire.serve.engine import Engine
+from fluxfire.serve.server import Server
+from fluxfire.serve.settings import Settings
+
+TESTS = Path(__file__).parent
+
+
+class Served:
+    """A running server, seen from outside (`http`) and from inside (`engine`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.server = Server(settings)
+        self.engine: Engine = self.server._engine
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+        wait_until(lambda: self.server.started)
+        self.url = url_of(self.server)
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
+
+    def stop(self) -> None:
+        self.http.close()
+        self.server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    @contextmanager
+    def beside(self, **settings: Any) -> Iterator[httpx2.Client]:
+        """Another application on a port of its own, with other settings and the same worker."""
+        app = create_app(make_settings(**settings))
+        app.state.desk.engine = self.engine
+        config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        running = asyncio.run_coroutine_threadsafe(server.serve(), self.server._loop)
+        wait_until(lambda: server.started)
+        with httpx2.Client(base_url=url_of(server), timeout=60) as client:
+            yield client
+        server.should_exit = True
+        running.result(30)
+
+
+def make_settings(**changes: Any) -> Settings:
+    """Settings that no environment and no .env changes."""
+    known = {"model": "serve_pipes:make", "device": "cpu", "port": 0, "compile": False}
+    return Settings(_env_file=None, **(known | changes))
+
+
+def url_of(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+def wait_until(true: Any, seconds: float = 60) -> None:
+    """Waits for something of another thread or process; fails when it does not come."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def with_tests_on_path() -> dict[str, str]:
+    """The environment in which a worker finds `serve_pipes`."""
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

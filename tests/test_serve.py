@@ -1,0 +1,351 @@
+"""The server over real sockets, with the embedded model: what it gives, and that no request disturbs another."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import Served, make_settings, wait_until, with_tests_on_path
+
+from fluxfire import demo
+
+PROMPT = "teapot, noto style"
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "log"
+
+
+@pytest.fixture(scope="module")
+def served(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (with_tests_on_path() | {"FLUXTEST_LOG": str(log)}).items():
+            patch.setenv(name, value)
+        served = Served(make_settings(storage_dir=tmp_path_factory.mktemp("pictures")))
+    # While the worker loads, the server is alive and not ready.
+    assert served.http.get("/livez").status_code == 200
+    cold = served.http.get("/readyz")
+    assert (cold.status_code, cold.json()["error"]["code"]) == (503, "not_ready")
+    assert served.http.post("/inference", json={"prompt": PROMPT}).status_code == 503
+    wait_until(lambda: served.http.get("/readyz").status_code == 200)
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def ask(served: Served, **fields: Any) -> httpx2.Response:
+    return served.http.post("/inference", json={"prompt": PROMPT, "steps": 2} | fields)
+
+
+def open_picture(data: str | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def png(size: tuple[int, int] = (128, 128), colour: str = "teal") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def lines(log: Path, start: str) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith(start)]
+
+
+def test_inference_gives_pictures_seeds_times_and_cache_counts(served: Served):
+    answer = ask(served, num_images=2, seed=7, steps=6, cache_threshold=0.3).json()
+    assert [picture["seed"] for picture in answer["pictures"]] == [7, 8]
+    for picture in answer["pictures"]:
+        assert open_picture(picture["base64"]).size == (128, 128)
+        assert picture["cached_steps"] + picture["computed_steps"] == 6
+        assert picture["cached_steps"] > 0
+        assert set(picture["timings_s"]) == {"queue", "prepare", "denoise", "decode", "encode"}
+        assert all(seconds >= 0 for seconds in picture["timings_s"].values())
+    assert (answer["model"], answer["steps"], answer["cache_threshold"]) == ("tested", 6, 0.3)
+
+
+def test_served_picture_is_the_pipelines_own(served: Served):
+    pipe = demo.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    import torch
+
+    call = demo.call_kwargs() | {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5)}
+    own = np.asarray(pipe(prompt=PROMPT, **call).images[0])
+    given = open_picture(ask(served, steps=3, seed=5, cache_threshold=0).json()["pictures"][0]["base64"])
+    assert np.array_equal(own, np.asarray(given))
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 96), (64, 64)])
+def test_size_asked_is_size_given(served: Served, width: int, height: int):
+    for image in (None, base64.b64encode(png((200, 100))).decode()):
+        answer = ask(served, width=width, height=height, image=image).json()
+        assert open_picture(answer["pictures"][0]["base64"]).size == (answer["width"], answer["height"])
+        assert (answer["width"], answer["height"]) == (width, height)
+
+
+def test_edit_without_a_size_keeps_the_references_aspect(served: Served):
+    answer = ask(served, image=base64.b64encode(png((400, 200))).decode()).json()
+    assert (answer["width"], answer["height"]) == (176, 96)  # 128 x 128 pixels in all, in multiples of 16
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_answer_in_bytes_is_the_picture_in_its_format(served: Served, format: str):
+    answer = ask(served, output="bytes", format=format, seed=3)
+    assert answer.headers["content-type"] == f"image/{format}"
+    assert open_picture(answer.content).format == format.upper()
+    assert answer.headers["x-seed"] == "3"
+    assert "denoise;dur=" in answer.headers["server-timing"]
+
+
+def test_url_gives_the_picture_under_a_random_name_until_it_expires(served: Served):
+    first, second = (ask(served, output="url", seed=1).json()["pictures"][0]["url"] for _ in range(2))
+    assert first != second
+    with httpx2.Client() as anybody:
+        got = anybody.get(first)
+    assert (got.status_code, got.headers["content-type"]) == (200, "image/png")
+    assert open_picture(got.content).size == (128, 128)
+    name = first.rsplit("/", 1)[1]
+    file = served.server._settings.storage_dir / name
+    os.utime(file, (0, 0))
+    assert served.http.get(f"/pictures/{name}").status_code == 404
+    assert served.http.get("/pictures/..%2f..%2fetc%2fpasswd").status_code == 404
+
+
+def test_openai_client_generates(client: openai.OpenAI):
+    result = client.images.generate(
+        prompt=PROMPT, n=2, size="96x64", output_format="webp", extra_body={"steps": 2, "seed": 4}
+    )
+    assert len(result.data) == 2
+    for picture in result.data:
+        shown = open_picture(picture.b64_json)
+        assert (shown.size, shown.format) == ((96, 64), "WEBP")
+    assert result.usage.total_tokens == result.usage.input_tokens + result.usage.output_tokens
+    assert result.usage.output_tokens == 2 * 6 * 4
+    assert [model.id for model in client.models.list()] == ["tested"]
+    assert client.models.retrieve("tested").id == "tested"
+
+
+def test_openai_client_edits(client: openai.OpenAI):
+    result = client.images.edit(
+        image=("photo.png", png()), prompt="in noto style", size="128x128", extra_body={"steps": 2}
+    )
+    assert open_picture(result.data[0].b64_json).size == (128, 128)
+
+
+def test_openai_client_gets_a_url(client: openai.OpenAI):
+    result = client.images.generate(prompt=PROMPT, response_format="url", extra_body={"steps": 2})
+    assert httpx2.get(result.data[0].url).status_code == 200
+
+
+def test_openai_client_streams_partial_pictures_then_the_whole(client: openai.OpenAI):
+    whole = client.images.generate(prompt=PROMPT, extra_body={"steps": 6, "seed": 9})
+    extra = {"steps": 6, "seed": 9}
+    events = list(client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body=extra))
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:-1]] == [0, 1]
+    assert events[-1].b64_json == whole.data[0].b64_json
+    distances = [distance(event.b64_json, events[-1].b64_json) for event in events[:-1]]
+    assert distances[0] > distances[1] > 0  # each preview is nearer to the end
+
+
+def distance(a: str, b: str) -> float:
+    one, other = (np.asarray(open_picture(text), dtype=float) for text in (a, b))
+    return float(np.abs(one - other).mean())
+
+
+def test_openai_client_streams_an_edit(client: openai.OpenAI):
+    given: dict[str, Any] = {"image": ("photo.png", png()), "prompt": "in noto style", "size": "64x64"}
+    events = list(client.images.edit(**given, stream=True, partial_images=1, extra_body={"steps": 4}))
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_openai_client_is_told_of_a_wrong_field_and_does_not_retry(served: Served):
+    asked = []
+    http = openai.DefaultHttpxClient(event_hooks={"request": [asked.append]})
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=2, http_client=http) as client:
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            client.images.generate(prompt=PROMPT, size="100x64")
+        assert (caught.value.param, caught.value.code) == ("width", "invalid_value")
+        assert "96 or 112" in caught.value.message
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(prompt=PROMPT, model="gpt-image-1")
+    assert len(asked) == 2
+
+
+def test_mixed_requests_at_once_equal_the_same_ones_alone(served: Served):
+    asks: list[dict[str, Any]] = [
+        {"seed": seed, "width": width, "steps": steps, "cache_threshold": threshold, "image": image}
+        for seed, (width, steps, threshold, image) in enumerate(
+            [
+                *[(64, 3, 0.3, None)] * 4,  # these make one batch
+                (96, 3, 0.3, None),
+                (64, 4, 0, None),
+                *[(64, 3, 0.3, base64.b64encode(png(colour=colour)).decode()) for colour in ("red", "blue")],
+            ]
+        )
+    ]
+    alone = [ask(served, height=64, **fields).json()["pictures"][0] for fields in asks]
+    batches = batch_counts(served)
+    with ThreadPoolExecutor(len(asks)) as pool:
+        futures = [pool.submit(ask, served, height=64, **fields) for fields in (SLOW, *asks)]
+        together = [future.result().json()["pictures"][0] for future in futures[1:]]
+    assert batch_counts(served) - batches < len(asks)  # some were made together
+    for one, other in zip(alone, together, strict=True):
+        assert one["cached_steps"] == other["cached_steps"]
+        a, b = (np.asarray(open_picture(p["base64"]), dtype=int) for p in (one, other))
+        assert np.abs(a - b).max() <= 1  # rounding of other matrix sizes
+
+
+SLOW = {"prompt": "slow", "steps": 5, "width": 16}
+
+
+def batch_counts(served: Served) -> float:
+    return metric(served, "fluxfire_batch_pictures_count")
+
+
+def metric(served: Served, name: str) -> float:
+    for line in served.http.get("/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.split()[-1])
+    raise AssertionError(name)
+
+
+def test_client_that_disconnects_frees_the_worker_within_a_step_and_nothing_is_decoded(served: Served, log: Path):
+    body = json.dumps({"prompt": "slow and left alone", "steps": 100, "width": 16, "height": 16}).encode()
+    connection = post_by_hand(served, "/inference", body)
+    wait_until(lambda: len([line for line in lines(log, "step") if "left alone" in line]) >= 2)
+    before = len([line for line in lines(log, "step") if "left alone" in line])
+    connection.close()
+    assert ask(served, prompt="afterwards").status_code == 200
+    after = [line for line in lines(log, "step") if "left alone" in line]
+    assert len(after) - before <= 2  # the one under way, and one more while the news travels
+    assert not [line for line in lines(log, "decode") if "left alone" in line]
+
+
+def post_by_hand(served: Served, path: str, body: bytes) -> socket.socket:
+    """A request whose answer is not read."""
+    connection = socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_client_that_leaves_a_stream_frees_the_worker_too(served: Served, log: Path):
+    fields = {"prompt": "slow stream cut", "steps": 100, "size": "16x16", "stream": True, "partial_images": 3}
+    with served.http.stream("POST", "/v1/images/generations", json=fields):
+        wait_until(lambda: any("stream cut" in line for line in lines(log, "step")))
+    assert ask(served, prompt="afterwards").status_code == 200
+    assert len([line for line in lines(log, "step") if "stream cut" in line]) < 20
+
+
+def test_queued_request_of_a_client_that_left_never_starts(served: Served, log: Path):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, served, **SLOW)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        body = json.dumps({"prompt": "never begun", "width": 32, "height": 32}).encode()
+        connection = post_by_hand(served, "/inference", body)
+        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
+        connection.close()
+        assert running.result().status_code == 200
+    assert ask(served).status_code == 200
+    assert not [line for line in lines(log, "step") if "never begun" in line]
+
+
+def test_full_queue_answers_429_with_the_time_until_there_is_room(served: Served, monkeypatch: pytest.MonkeyPatch):
+    one = 128 * 128 * 2
+    monkeypatch.setattr(served.engine.queue, "limit", 2 * one)
+    with ThreadPoolExecutor(3) as pool:
+        running = pool.submit(ask, served, **SLOW)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        waiting = pool.submit(ask, served, num_images=2)
+        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 2)
+        refused = ask(served)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        pace = served.engine.queue.pace.seconds_per_cost
+        assert 1 <= int(refused.headers["retry-after"]) <= max(1, pace * one + 1)
+        never = ask(served, num_images=3)
+        assert (never.status_code, never.json()["error"]["code"]) == (429, "queue_full")  # before its body is looked at
+        assert (running.result().status_code, waiting.result().status_code) == (200, 200)
+    too_much = ask(served, num_images=3)
+    assert (too_much.status_code, too_much.json()["error"]["code"]) == (422, "too_expensive")
+
+
+def test_openai_client_gets_its_picture_by_retrying_after_429(served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(served.engine.queue, "limit", 16 * 128 * 5)
+    statuses: list[int] = []
+    http = openai.DefaultHttpxClient(event_hooks={"response": [lambda response: statuses.append(response.status_code)]})
+    with (
+        ThreadPoolExecutor(2) as pool,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", http_client=http) as client,
+    ):
+        running = pool.submit(ask, served, **SLOW)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        waiting = pool.submit(ask, served, **SLOW)
+        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
+        result = client.images.generate(prompt=PROMPT, size="16x16", extra_body={"steps": 2})
+        assert (running.result().status_code, waiting.result().status_code) == (200, 200)
+    assert open_picture(result.data[0].b64_json).size == (16, 16)
+    assert statuses[0] == 429
+    assert statuses[-1] == 200
+
+
+def test_same_idempotency_key_makes_one_generation(served: Served, log: Path):
+    fields = {"prompt": "slow twin", "width": 32, "height": 32}
+    headers = {"Idempotency-Key": "twins"}
+    with ThreadPoolExecutor(2) as pool:
+        posts = [pool.submit(served.http.post, "/inference", json=fields, headers=headers) for _ in range(2)]
+        first, second = (post.result().json() for post in posts)
+    again = served.http.post("/inference", json=fields, headers=headers).json()
+    assert first == second == again  # the random seed too
+    assert len([line for line in lines(log, "decode") if "slow twin" in line]) == 1
+
+
+def test_idempotency_key_with_another_body_is_409(served: Served):
+    headers = {"Idempotency-Key": "once"}
+    assert served.http.post("/inference", json={"prompt": "a", "steps": 1}, headers=headers).status_code == 200
+    other = served.http.post("/inference", json={"prompt": "b", "steps": 1}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert other.headers["x-should-retry"] == "false"
+    path = served.http.post("/v1/images/generations", json={"prompt": "a"}, headers=headers)
+    assert path.status_code == 409
+
+
+def test_keyed_request_survives_its_clients_disconnection(served: Served, log: Path, client: openai.OpenAI):
+    given: dict[str, Any] = {"prompt": "slow keyed", "size": "16x16", "extra_body": {"steps": 8}}
+    keyed = client.with_options(max_retries=2, timeout=0.4)  # gives up in the middle, then comes back
+    done = keyed.images.generate(**given, extra_headers={"Idempotency-Key": "back"})
+    assert open_picture(done.data[0].b64_json).size == (16, 16)
+    assert len([line for line in lines(log, "decode") if "slow keyed" in line]) == 1
+
+
+def test_alive_and_counting_during_generation(served: Served):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, served, **SLOW)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        assert served.http.get("/livez").status_code == 200
+        assert not running.done()
+        running.result()
+    text = served.http.get("/metrics").text
+    for name in ("queue_pictures", "stage_seconds_bucket", "cache_hits_total", "recompilations", "rejections_total"):
+        assert f"fluxfire_{name}" in text
+    assert "teapot" not in text
+    assert threading.active_count() < 60
