@@ -91,11 +91,13 @@ def cache_dit_compiled(pipe: Any, steps: int) -> Callable[[], str]:
 def torchao_float8(pipe: Any, steps: int) -> Callable[[], str]:
     """Row-wise float8 of torchao (https://github.com/pytorch/ao), as diffusers-torchao does for FLUX.
 
-    It sets inductor's flags for the whole process.
+    Without torchao's flags for inductor, with which a first call takes minutes. Importing torchao changes what diffusers
+    and transformers do in this process.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    quantize_(pipe.transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(pipe.transformer, config)
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
     return str
 

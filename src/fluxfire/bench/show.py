@@ -42,7 +42,7 @@ def bench_with_bars(
 ) -> list[Path]:
     """Runs everything with a bar on stderr and the table after it; returns the results files, .json and .md."""
     log = out / "bench.log"
-    command = "fluxfire " + shlex.join(sys.argv[1:])
+    command = typed(sys.argv[1:])
     with runner.output_to(log) as stderr, os.fdopen(os.dup(stderr), "w") as terminal:
         console = Console(file=terminal, highlight=False, width=None if os.isatty(stderr) else 200)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -71,6 +71,14 @@ def bench_with_bars(
         text.write_text(results.markdown({"run": file.run, "rows": file.rows}))
         written += [file.path, text]
     return [*written, log]
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """The command as it goes into results: without `--out`, which is a path of this machine."""
+    shown = list(arguments)
+    if "--out" in shown:
+        del shown[shown.index("--out") : shown.index("--out") + 2]
+    return "fluxfire " + shlex.join(shown)
 
 
 def _line(row: results.Row) -> str:
