@@ -91,8 +91,8 @@ def cache_dit_compiled(pipe: Any, steps: int) -> Callable[[], str]:
 def torchao_float8(pipe: Any, steps: int) -> Callable[[], str]:
     """Row-wise float8 of torchao (https://github.com/pytorch/ao), as diffusers-torchao does for FLUX.
 
-    Without torchao's flags for inductor, with which a first call takes minutes. Importing torchao changes what diffusers
-    and transformers do in this process.
+    Without torchao's flags for inductor, with which a first call takes minutes. Importing torchao changes what
+    diffusers and transformers do in this process.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 

@@ -145,7 +145,7 @@ VARIANTS: Final = {
         Variant(
             "torchao-fp8",
             peers.torchao_float8,
-            "quantize_(pipe.transformer, Float8DynamicActivationFloat8WeightConfig(PerRow(), set_inductor_config=False)), "
+            "quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(PerRow(), set_inductor_config=False)), "
             "compile_repeated_blocks(fullgraph=True)",
             isolated=True,
         ),
