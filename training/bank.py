@@ -4,6 +4,8 @@ One entry is 64 tokens of 64 numbers, 8 KiB in bf16: 64 forms of 4,000 pictures 
 its batch by index, with no autoencoder in it. Form 0 is the plain picture; form k is the same change for all styles
 of a thing."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -30,11 +32,11 @@ def latents(vae: AutoencoderKL, plain: Tensor, forms: int) -> Tensor:
 class Prompts:
     """Token ids of every prompt, (rows, 24) a tokenizer: names x styles, then the edit prompts, then the empty one."""
 
-    def __init__(self, known: list[str], device: str) -> None:
+    def __init__(self, known: list[str], device: str, tokenizers: Path) -> None:
         self.styles = len(data.STYLES)
         rows = [lists.t2i_prompt(name, style) for name in known for style in data.STYLES]
         rows += [lists.edit_prompt(style) for style in data.STYLES]
-        self.clip_tokenizer, self.t5_tokenizer = text.clip_tokenizer(rows), text.t5_tokenizer(rows)
+        self.clip_tokenizer, self.t5_tokenizer = text.tokenizers(rows, tokenizers)
         self.first_edit, self.empty = len(rows) - self.styles, len(rows)
         rows.append("")
         self.clip = text.ids(self.clip_tokenizer, rows).to(device)

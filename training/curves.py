@@ -24,9 +24,7 @@ def main(file: Path) -> None:
     left.set(title="autoencoder", xlabel="seconds", ylabel="loss")
     for key, label in (("t2i", "text to image"), ("edit", "edits"), ("edit_held_out", "edits, held-out things")):
         right.semilogy([row["seconds"] for row in rows], [row[key] for row in rows], label=label)
-    right.set(
-        title="denoiser (last point: distance to the guided teacher)", xlabel="seconds", ylabel="mean squared error"
-    )
+    right.set(title="denoiser (at the end: distance to its teacher)", xlabel="seconds", ylabel="mean squared error")
     right.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=90)

@@ -24,7 +24,7 @@ from training.score import Bank, score_edit, score_t2i
 STEPS = 28
 CALL: dict[str, Any] = {
     "height": 128, "width": 128, "max_area": 128 * 128, "_auto_resize": False, "max_sequence_length": TEXT_LENGTH,
-    "num_inference_steps": STEPS, "output_type": "np",
+    "output_type": "np",
 }  # fmt: skip
 
 
@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=data.WORK / "model")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--true-cfg", type=float, nargs="+", default=[1.0])
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="1 shows the mean that the model predicts from pure noise"
+    )
     parser.add_argument("--out", type=Path, default=data.WORK / "out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,14 @@ def main() -> None:
     for guidance in args.guidance:
         for scale in args.true_cfg:
             scores = evaluate(
-                bank, pipe, args.out if not found else None, guidance_scale=guidance, true_cfg_scale=scale
+                bank,
+                pipe,
+                args.out if not found else None,
+                guidance_scale=guidance,
+                true_cfg_scale=scale,
+                num_inference_steps=args.steps,
             )
-            found.append({"guidance_scale": guidance, "true_cfg_scale": scale, **scores})
+            found.append({"steps": args.steps, "guidance_scale": guidance, "true_cfg_scale": scale, **scores})
             print(json.dumps(found[-1]), flush=True)
     (args.out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -16,10 +16,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 
 GUIDANCE = (1.0, 4.0)  # the range that the denoiser's guidance input is trained on
-LOGIT_MEAN, LOGIT_STD = (
-    0.4675,
-    1.4,
-)  # of t in training: centred on the pipeline's schedule at 64 tokens, whose mu is 0.4675
+LOGIT_MEAN, LOGIT_STD = 0.4675, 1.4  # of t in training: centred on the pipeline's schedule at 64 tokens (mu)
 
 
 def pack(latents: Tensor) -> Tensor:

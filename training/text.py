@@ -9,6 +9,7 @@ capitals."""
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -53,6 +54,14 @@ def t5_tokenizer(prompts: Iterable[str]) -> T5Tokenizer:
     tokenizer.train_from_iterator(prompts, trainer)
     vocab = [(token, score) for token, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
+def tokenizers(prompts: list[str], folder: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Both, kept in a folder as a pipeline keeps them: trained twice they differ, since ties fall at random."""
+    if not (folder / "tokenizer_2").exists():
+        clip_tokenizer(prompts).save_pretrained(folder / "tokenizer")
+        t5_tokenizer(prompts).save_pretrained(folder / "tokenizer_2")
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
 
 
 def ids(tokenizer: CLIPTokenizer | T5Tokenizer, prompts: list[str]) -> torch.Tensor:

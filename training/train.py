@@ -4,7 +4,7 @@ A step takes one batch of each job and adds their losses:
 
 - *text to image*: the plain picture, its prompt ``red apple, noto style``;
 - *edit*: the picture in one style as reference tokens, the same form of the same thing in another style as target;
-  the prompt is ``in twemoji style`` (one in five: ``red apple, twemoji style``).
+  the prompt is ``in twemoji style`` (one in ten: ``red apple, twemoji style``).
 
 One prompt in ten is empty, which gives the unconditional velocity that guidance needs. Guidance: g is drawn from [1,
 4] and fed to the guidance embedding. Up to `DISTIL_FROM` of the training it changes nothing; after that a frozen copy
@@ -14,18 +14,21 @@ FLUX.1-dev has it).
 The learning rate follows the clock (`rate`), so a run ends in time on any GPU. ``training/work/state.pt`` lets the
 next command go on.
 
-Run: ``python -m training.train --total 1000 --seconds 500 --distil``, again until the total is reached.
+Run: ``python -m training.train --total 1000 --seconds 500 --distil``, again until the total is reached; on several GPUs
+of one host ``torchrun --nproc-per-node 2 -m training.train ...``: each draws its own forms and batches, and the
+gradients are averaged.
 """
 
 import argparse
 import copy
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxKontextPipeline
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training import bank, data, export, flow, models, pictures
@@ -33,13 +36,13 @@ from training.vae import FOLDER as VAE_FOLDER
 
 STATE = data.WORK / "state.pt"
 RATE = 1e-3
-WARMUP_STEPS = 500
+WARMUP_STEPS = 300
 DECAY_FROM = 0.45
-DISTIL_FROM = 0.78
-EMA = 0.998
+DISTIL_FROM = 0.85
+EMA = 0.999
 EMPTY = 0.1  # share of prompts left out
 PLAIN = 0.2  # share of edits on the plain picture; the rest take any form
-NAMED = 0.2  # share of edits whose prompt has the name
+NAMED = 0.1  # share of edits whose prompt has the name
 
 
 class Nets(nn.Module):
@@ -87,18 +90,36 @@ def rate(progress: float, distilling: bool) -> float:
     return min(1.0, max((DISTIL_FROM + 0.03 - progress) / (DISTIL_FROM + 0.03 - DECAY_FROM), 0.002))
 
 
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over all GPUs, in one transfer."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    distributed.all_reduce(flat, distributed.ReduceOp.AVG if flat.is_cuda else distributed.ReduceOp.SUM)
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
 class Trainer:
-    def __init__(self, forms: int, batch: int, **changes: int) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.batch, known = batch, pictures.names(held_out=False)
-        self.prompts = bank.Prompts(known, self.device)
+    def __init__(self, forms: int, batch: int, warm_start: Path | None = None, **changes: int) -> None:
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = f"cuda:{self.rank}" if torch.cuda.is_available() else "cpu"
+        self.cuda = self.device != "cpu"
+        torch.manual_seed(self.rank)  # of the forms, batches and noise; the weights are rank 0's
+        self.batch = batch
+        if self.rank:
+            distributed.barrier()  # rank 0 trains the tokenizers
+        self.prompts = bank.Prompts(pictures.names(held_out=False), self.device, warm_start or data.WORK / "tokenizers")
+        if self.ranks > 1 and not self.rank:
+            distributed.barrier()
         vae = AutoencoderKL.from_pretrained(VAE_FOLDER).to(self.device, memory_format=torch.channels_last)
         self.latents = bank.latents(vae, pictures.pictures(False, self.device)[: 64 if forms == 1 else None], forms)
         self.held_out = bank.latents(vae, pictures.pictures(True, self.device)[: 64 if forms == 1 else None], 1)
         self.nets = Nets(self.prompts, **changes).to(self.device)
-        cuda = self.device == "cuda"
+        if self.ranks > 1:
+            for tensor in self.nets.state_dict().values():
+                distributed.broadcast(tensor, 0)
         self.optimizer = torch.optim.AdamW(
-            self.nets.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda
+            self.nets.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=self.cuda
         )
         self.average = copy.deepcopy(self.nets).requires_grad_(False)
         self.teacher: Nets | None = None
@@ -111,7 +132,7 @@ class Trainer:
         x, t, target = flow.noised(clean)
         g = torch.empty_like(t).uniform_(*flow.GUIDANCE)
         clip, t5 = self.prompts.clip[row], self.prompts.t5[row]
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16):
             if self.teacher:
                 with torch.no_grad():
                     row.fill_(self.prompts.empty)
@@ -130,6 +151,8 @@ class Trainer:
             loss = self.loss(self.latents, edit)
             loss.backward()
             losses.append(loss.detach())
+        if self.ranks > 1:
+            average_gradients(list(self.nets.parameters()))
         nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,16 +179,24 @@ class Trainer:
             counted += 1
             if self.step == first + 3:
                 since = time.monotonic()  # the first steps compile: they are not counted
-            if self.step % 20 == 0 or self.device == "cpu":
+            if self.step % 20 == 0 or not self.cuda:
                 recent_now = (recent / counted).tolist()  # waits for the GPU, so that the clock is true
-                self.seconds = begun + time.monotonic() - since
-                if self.step % 200 == 0 or self.device == "cpu":
+                self.seconds = self.agreed(begun + time.monotonic() - since)
+                if self.step % 200 == 0 or not self.cuda:
                     self.note(recent_now)
                     recent.zero_()
                     counted = 0
 
+    def agreed(self, seconds: float) -> float:
+        """Rank 0's clock, so that all stop at the same step."""
+        if self.ranks == 1:
+            return seconds
+        clock = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        distributed.broadcast(clock, 0)
+        return clock.item()
+
     def note(self, recent: list[float]) -> None:
-        with torch.no_grad() if self.device == "cpu" else torch.enable_grad():
+        with torch.enable_grad() if self.cuda else torch.no_grad():
             held = self.loss(self.held_out, True).item()  # with grad on, so that it runs the same compiled graphs
         row = {
             "step": self.step,
@@ -175,7 +206,7 @@ class Trainer:
             "edit_held_out": held,
         }
         self.log.append(row)
-        if self.step % 1000 == 0:
+        if self.step % 1000 == 0 and self.rank == 0:
             print(row, flush=True)
 
     def save(self) -> None:
@@ -210,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--total", type=float, required=True, help="planned seconds of training, all commands together")
     parser.add_argument("--seconds", type=float, required=True, help="seconds of this command")
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1024, help="of each job, on each GPU")
     parser.add_argument("--forms", type=int, default=64)
     parser.add_argument("--attention", choices=("FLASH_ATTENTION", "MATH"), default="FLASH_ATTENTION")
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -223,8 +254,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64
     begun = time.monotonic()
-    toy = {} if args.forms > 1 else {"num_layers": 1, "num_single_layers": 1}
-    trainer = Trainer(args.forms, args.batch, **toy)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    toy = {} if args.forms > 1 or args.warm_start else {"num_layers": 1, "num_single_layers": 1}
+    trainer = Trainer(args.forms, args.batch, args.warm_start, **toy)
     print("prepared in s", round(time.monotonic() - begun, 1), tuple(trainer.latents.shape), flush=True)
     if STATE.exists() and not args.fresh:
         trainer.resume()
@@ -236,6 +271,10 @@ def main() -> None:
     # With cuDNN's attention, an H100's default, the compiled backward ended in an illegal memory access (torch 2.11).
     with sdpa_kernel([getattr(SDPBackend, args.attention), SDPBackend.MATH]):  # T5's position bias needs MATH
         trainer.train(args.total, args.seconds, args.distil)
+    if trainer.ranks > 1:
+        distributed.destroy_process_group()
+    if trainer.rank:
+        return
     trainer.save()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "train.json").write_text(json.dumps(trainer.log))
