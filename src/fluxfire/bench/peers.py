@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -45,11 +46,24 @@ class _EveryOther:
 
 
 def first_block_cache(pipe: Any, steps: int) -> Callable[[], str]:
-    """diffusers, https://huggingface.co/docs/diffusers/optimization/cache#firstblockcache."""
-    from diffusers import FirstBlockCacheConfig
+    """diffusers, https://huggingface.co/docs/diffusers/optimization/cache#firstblockcache.
 
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=math.inf))
-    leader = pipe.transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+    Its hooks need a `cache_context` around each denoiser call. FluxPipeline opens one; for Kontext it is opened here.
+    """
+    from diffusers import FirstBlockCacheConfig, FluxKontextPipeline
+
+    transformer = pipe.transformer
+    if isinstance(pipe, FluxKontextPipeline):
+        forward = transformer.forward
+
+        @wraps(forward)
+        def in_context(*args: Any, **kwargs: Any) -> Any:
+            with transformer.cache_context("cond"):
+                return forward(*args, **kwargs)
+
+        transformer.forward = in_context
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=math.inf))
+    leader = transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
     decide = leader._should_compute_remaining_blocks
     half = _EveryOther(decide, False, lambda: leader.state_manager.get_state().head_block_residual is None)
     leader._should_compute_remaining_blocks = torch.compiler.disable(half.__call__)  # type: ignore[no-untyped-call]

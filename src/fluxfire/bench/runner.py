@@ -28,7 +28,7 @@ from fluxfire.bench.energy import open_nvml
 from fluxfire.bench.measure import Say, Settings, failed, run
 from fluxfire.bench.results import FIELDS, RANDOM, File, Row, new_path
 from fluxfire.bench.variants import VARIANTS
-from fluxfire.bench.workloads import DEPTH, WORKLOADS
+from fluxfire.bench.workloads import DEPTH, GUIDANCE, WORKLOADS
 
 _CHILD: Final = "from fluxfire.bench.runner import child; child()"
 _START_S: Final = 600.0  # most seconds in which a child imports, measures the limit and its eager row
@@ -51,6 +51,7 @@ def environment(settings: Settings, command: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "dtype": settings.dtype,
         "repeats": settings.repeats,
+        "guidance": GUIDANCE,
         "price_per_hour": settings.price_per_hour,
         "energy": without or "NVML",
         "note": note,

@@ -19,6 +19,7 @@ from fluxfire.errors import ArgumentError
 
 SEED: Final = 42
 PROMPT: Final = {"embedded-t2i": "red apple, noto style", "embedded-edit": "in twemoji style"}
+GUIDANCE: Final = 4.0  # the model sees 1000 times that: 4000 is a number of bfloat16, 3500 is rounded to 3504
 REFERENCE: Final = "red-apple-noto"  # of the embedded model
 
 
@@ -238,6 +239,7 @@ class Picture:
         channels, width = self._noise.shape[1], self._noise.shape[3]
         noise = self.pipe._pack_latents(self._noise, self.batch, channels, width, width)
         call = {"height": side, "width": side, "latents": noise, "num_inference_steps": steps}
+        call["guidance_scale"] = GUIDANCE
         return self.pipe(**call, **self._embeds, **more, output_type="latent").images
 
     @torch.no_grad()
