@@ -115,7 +115,8 @@ def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
             rows = tables.setdefault((run["gpu"], row["workload"], row["batch"], row["steps"]), {})
             if row["variant"] not in rows or (row["variant"] != "limit" and not row["beside"]):
                 marks = {"host": bound_by_host(row), "guidance": run.get("guidance", 3.5)}
-                rows[row["variant"]] = row | marks
+                encoded = row["encode_s"] if row["workload"].startswith("kontext") else None
+                rows[row["variant"]] = row | marks | {"encode_s": encoded}
     order = list(TITLES)
     ordered = sorted(tables.items(), key=lambda item: (item[0][0], order.index(item[0][1]), *item[0][2:]))
     return {name: list(rows.values()) for name, rows in ordered}

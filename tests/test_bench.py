@@ -51,7 +51,8 @@ def test_the_command_measures_the_embedded_model(tmp_path: Path, capfd: pytest.C
         assert (cache["pattern"], eager["pattern"]) == ("#.#.", "")
         assert limit["ms_computed"] > limit["ms_cached"] > 0
         for row in (eager, cache):
-            stages = [row[name] for name in ("text_s", "encode_s", "denoise_s", "decode_s")]
+            stages = [row[name] or 0 for name in ("text_s", "encode_s", "denoise_s", "decode_s")]
+            assert (row["encode_s"] is None) is (data is text)
             assert row["s_picture"] == pytest.approx(sum(stages), rel=1e-3)
             assert row["cost_picture"] == pytest.approx(row["s_picture"] * 2 / 3600, rel=1e-3)
             assert row["ratio_to_eager"] == pytest.approx(eager["denoise_s"] / row["denoise_s"], rel=1e-3)

@@ -142,6 +142,8 @@ class Bench:
             values |= {"ms_computed_p90": computed.high}
         values |= {name: median(stage[name] for stage in stages) / of.batch for name in stages[0]}
         values["s_picture"] = sum(values[name] for name in stages[0])
+        if not self.workload.edit:
+            values["encode_s"] = None  # nothing was encoded
         if held:
             values |= {"resident_gib": timing.gib(held[0]), "peak_gib": timing.gib(held[1])}
         values |= self._derived(values, energy) | self._compared(variant, values["denoise_s"], picture)
