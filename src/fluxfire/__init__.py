@@ -18,17 +18,19 @@ from fluxfire.errors import (
     UndoError,
 )
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
+from fluxfire.megacache import prefetch
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks
-from fluxfire.stats import CacheCall, CacheStats, CompileStats, Report
+from fluxfire.stats import ArtifactStats, CacheCall, CacheStats, CompileStats, Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "ArtifactStats",
     "CacheCall",
     "CacheStats",
     "CompileStats",
@@ -60,6 +62,7 @@ __all__ = [
     "check_vae_tiling",
     "optimize_pipeline",
     "plan_pipeline",
+    "prefetch",
     "report",
     "restore_pipeline",
     "set_cache_threshold",

@@ -28,15 +28,19 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Final
 
 import torch
 
+from fluxfire.aot import Blocks
 from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
+from fluxfire.megacache import check_path, megacache_at
 from fluxfire.patches import Workaround, applying
 from fluxfire.plan import Step
-from fluxfire.stats import CompileStats
+from fluxfire.stats import ArtifactStats, CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -120,6 +124,7 @@ def check_compile(
     scope: str = "blocks",
     dynamic: bool = True,
     vae: bool = False,
+    megacache: str | PathLike[str] | None = "auto",
 ) -> str | None:
     """Why `apply_compile` with these arguments would refuse this pipeline, or None.
 
@@ -139,6 +144,7 @@ def check_compile(
         raise ArgumentError(f"backend: found {backend!r}, needed one of torch.compile's by name: {', '.join(known)}")
     if not isinstance(vae, bool):
         raise ArgumentError(f"vae: found {vae!r}, needed True (the decoder is compiled too) or False")
+    check_path(megacache)
     if backend != "inductor" and (mode != "default" or options):
         raise ArgumentError(f'mode and options are inductor\'s: found backend {backend!r}, needed backend="inductor"')
     try:
@@ -196,6 +202,7 @@ def apply_compile(
     scope: str = "blocks",
     dynamic: bool = True,
     vae: bool = False,
+    megacache: str | PathLike[str] | None = "auto",
 ) -> Any:
     """Compiles the denoiser's blocks, each kind once. Lossless.
 
@@ -211,6 +218,9 @@ def apply_compile(
         scope: "blocks"; or "denoiser" for one graph of the whole, which takes minutes and excludes the cache.
         dynamic: True: the graphs serve all picture sizes; False: each size compiles its own.
         vae: compile the VAE's decoder too.
+        megacache: where compiled blocks are found, and kept after the first complete picture: "auto", this user's
+            cache folder; the path of a folder; or None: everything is compiled anew in each process. Serves backend
+            "inductor" by blocks without CUDA graphs; the report says what it did.
 
     Returns:
         The same pipe.
@@ -219,31 +229,79 @@ def apply_compile(
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
     knobs: dict[str, Any] = {"mode": mode, "backend": backend, "scope": scope, "dynamic": dynamic, "vae": vae}
+    knobs |= {"megacache": megacache}
     reason = check_compile(pipe, options=options, **knobs)
     settings = (*knobs.items(), ("options", tuple((options or {}).items())))
+    # torch refuses `mode` together with `options`, and consumes the dict.
+    inductor: Callable[[], dict[str, Any]] = lambda: (
+        torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
+    )  # noqa: E731
     with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
-        targets = _targets(pipe, scope, vae)
+        denoiser, targets = denoiser_of(pipe), _targets(pipe, scope, vae)
         graphs = Graphs(mode, kinds=len({type(module) for module in targets}))
+        ahead = None if megacache is None else _ahead(pipe, megacache, backend, scope, inductor, dynamic)
         for module in targets:
-            # torch refuses `mode` together with `options`, and consumes the dict.
-            expanded = torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
-            inductor: dict[str, Any] = {"options": expanded} if backend == "inductor" else {}
-            compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **inductor)
-            handle.patch.wrap(module, "forward", _on_plain_inputs(compiled))
+            more: dict[str, Any] = {"options": inductor()} if backend == "inductor" else {}
+            compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **more)
+            serves = isinstance(ahead, Blocks) and not (vae and module is targets[-1])
+            call = ahead.around(module, compiled) if serves else _instead(compiled)
+            handle.patch.wrap(module, "forward", _on_plain_inputs(call))
         SAME_META.hold(handle)
-        for module in (denoiser_of(pipe), *targets[-1:] * vae):
+        if isinstance(ahead, Blocks):
+            handle.patch.wrap(denoiser, "forward", ahead.around_denoiser)
+        for module in (denoiser, *targets[-1:] * vae):
             handle.patch.wrap(module, "forward", graphs.around)
         handle.states["compile"] = graphs
+        if ahead:
+            handle.states["megacache"] = ahead
     return pipe
 
 
-def _on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls `compiled` in the place of the block's forward, with inputs of one form."""
+@dataclass(frozen=True, slots=True)
+class _NotServed:
+    reason: str
 
-    def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return compiled(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+    def stats(self) -> ArtifactStats:
+        return ArtifactStats(reasons=((f"not used: {self.reason}", 1),))
 
-    return call
+
+def _ahead(
+    pipe: Any,
+    place: str | PathLike[str],
+    backend: str,
+    scope: str,
+    options: Callable[[], dict[str, Any]],
+    dynamic: bool,
+) -> Blocks | _NotServed:
+    """What serves this pipeline's blocks from the mega-cache, or why nothing does."""
+    if backend != "inductor":
+        return _NotServed(f"backend {backend!r} makes nothing that can be kept")
+    if scope != "blocks":
+        return _NotServed(f"scope {scope!r} is one graph of everything, and only blocks are compiled ahead of time")
+    config = torch._inductor.config
+    changed = {name: value for name, value in config.save_config_portable().items() if not config._is_default(name)}
+    asked = options()
+    if asked.get("triton.cudagraphs", config.triton.cudagraphs):
+        return _NotServed("CUDA graphs cannot be kept")
+    told = {name: repr(value) for name, value in (changed | asked).items()}
+    if unknown := [name for name, value in told.items() if " at 0x" in value]:
+        return _NotServed(f"inductor's {', '.join(unknown)} cannot be told apart from process to process")
+    model = {name: repr(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    fields = {"options": told, "dynamic": dynamic, "config": model}
+    return Blocks(pipe, megacache_at(place), fields, options, dynamic)
+
+
+def _instead(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda forward, *args, **kwargs: compiled(*args, **kwargs)
+
+
+def _on_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `call(forward, ...)` in the place of the block's forward, with inputs of one form."""
+
+    def on_plain_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(forward, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+    return on_plain_inputs
 
 
 def _plain(value: Any) -> Any:

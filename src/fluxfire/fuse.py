@@ -78,6 +78,10 @@ class FusedProjection:
             return torch.cat([getattr(self.attention, layer)(x) for layer in self.layers], dim=-1)
         return nn.functional.linear(x, self.weight, self.bias)
 
+    def traced(self) -> dict[str, Any]:
+        """What a graph reads of this object."""
+        return {"layers": self.layers, "weight": self.weight, "bias": self.bias}
+
     __reduce_ex__ = Wrapper.__reduce_ex__  # a copy's product would not follow its weights
 
     def tied(self) -> bool:

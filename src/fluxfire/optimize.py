@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Final
 
 from fluxfire.blocks import family_of
@@ -51,6 +52,7 @@ def plan_pipeline(
     memory_format: bool = False,
     vae_tiling: bool = False,
     offload: str | None = None,
+    megacache: str | PathLike[str] | None = "auto",
     strict: bool = False,
 ) -> Plan:
     """What `optimize_pipeline` with the same arguments would do. Nothing is touched.
@@ -64,6 +66,7 @@ def plan_pipeline(
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
+        megacache: where compiled blocks are found and kept: "auto", a path, or None (`apply_compile`).
         strict: raise for the first step that would be left out.
 
     Raises:
@@ -80,7 +83,7 @@ def plan_pipeline(
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
         "fused_qkv": (fuse_qkv, {}),
-        "compile": (compile, {"mode": compile if isinstance(compile, str) else "default"}),
+        "compile": (compile, {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache}),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
         "vae_tiling": (vae_tiling, {}),
@@ -111,6 +114,7 @@ def optimize_pipeline(
     memory_format: bool = False,
     vae_tiling: bool = False,
     offload: str | None = None,
+    megacache: str | PathLike[str] | None = "auto",
     strict: bool = False,
 ) -> Any:
     """Makes a FLUX pipeline fast, in place. Approximate.
@@ -126,6 +130,7 @@ def optimize_pipeline(
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
+        megacache: where compiled blocks are found and kept: "auto", a path, or None (`apply_compile`).
         strict: raise for the first step that cannot be applied, instead of leaving it out and reporting why.
 
     Returns:
@@ -149,6 +154,7 @@ def optimize_pipeline(
         memory_format=memory_format,
         vae_tiling=vae_tiling,
         offload=offload,
+        megacache=megacache,
         strict=strict,
     )
     handle = mark(pipe)

@@ -137,6 +137,14 @@ class RunReader(Generic[State]):
         return known
 
 
+def at_last_step(scheduler: Any) -> bool:
+    """Whether the denoising step that is under way is the last of its run; True where the scheduler does not tell."""
+    timesteps, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", -1)
+    if index is None:  # before the first step
+        index = getattr(scheduler, "begin_index", None) or 0
+    return timesteps is None or index == -1 or index >= len(timesteps) - 1
+
+
 def _same(known: list[tuple[weakref.ref[torch.Tensor], int]], tensors: list[torch.Tensor]) -> bool:
     return len(known) == len(tensors) and all(
         ref() is tensor and count == writes(tensor) for (ref, count), tensor in zip(known, tensors, strict=True)

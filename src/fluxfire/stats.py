@@ -65,6 +65,32 @@ class CompileStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ArtifactStats:
+    """The mega-cache's part in one pipeline: artifacts found and compiled, calls of blocks served by them or traced.
+
+    `load_s` is what loading took, in whichever thread; `waited_s` what denoiser calls waited for it. `reasons` say with
+    their counts what was compiled, and which block calls took the traced path, and why.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    kept: int = 0
+    served: int = 0
+    traced: int = 0
+    bytes: int = 0
+    load_s: float = 0.0
+    waited_s: float = 0.0
+    reasons: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        found = f"{self.hits} found ({self.bytes / 2**20:.1f} MiB in all), {self.misses} compiled, {self.kept} kept"
+        times = f"{self.load_s:.1f} s loading, {self.waited_s:.1f} s of it waited for"
+        calls = f"{self.served} block calls served, {self.traced} traced"
+        reasons = "".join(f"; {reason}" + f" ({count} times)" * (count > 1) for reason, count in self.reasons)
+        return f"{found}; {times}; {calls}{reasons}"
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What was applied and left out, and the counts so far. `print` it, or let a notebook show it."""
 
@@ -94,7 +120,7 @@ class Report:
             rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
         for name, counts in self.other:
             told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
-            rows.append((name, ", ".join(told)))
+            rows.append((name, str(counts) if isinstance(counts, ArtifactStats) else ", ".join(told)))
         if self.lost:
             what = f"a step is not in effect any more, somebody replaced {', '.join(sorted(set(self.lost)))}"
             rows.append(("warning", f"{what}: call fluxfire.restore_pipeline(pipe), then optimize again"))
