@@ -82,10 +82,11 @@ def megacache_at(place: str | os.PathLike[str]) -> MegaCache:
 
 
 def prefetch(megacache: str | os.PathLike[str] = "auto") -> threading.Thread:
-    """Begins to import what compiled blocks need, and to load this machine's artifacts, while you load the weights.
+    """Begins to load this machine's artifacts, and to import what they need, while you load the weights.
 
-    Call it first, then `from_pretrained`, then `optimize_pipeline`: seconds of imports and loading pass meanwhile. The
-    most recently used artifacts of this environment are loaded, 16 at most; the others when they are needed.
+    Call it first, then `from_pretrained`, then `optimize_pipeline`. diffusers, which you are about to import anyway, is
+    imported before this returns, so that no two threads import it at once; the rest passes beside you. The most
+    recently used artifacts for the current device are loaded, 16 at most; the others when they are needed.
 
     Args:
         megacache: "auto" or a path, as for `optimize_pipeline`.
@@ -97,7 +98,8 @@ def prefetch(megacache: str | os.PathLike[str] = "auto") -> threading.Thread:
         ArgumentError: `megacache` is neither "auto" nor a path.
     """
     check_path(megacache or b"")
-    thread = threading.Thread(target=megacache_at(megacache).prefetch, name="fluxfire-prefetch", daemon=True)
+    importlib.import_module("diffusers.pipelines.flux.pipeline_flux")
+    thread = threading.Thread(target=megacache_at(megacache).prefetch, name="fluxfire-prefetch")
     thread.start()
     return thread
 
@@ -166,7 +168,7 @@ class MegaCache:
     def prefetch(self) -> None:
         """Imports, then loads the artifacts of this environment that were used last. Nothing of it can fail the user."""
         try:
-            for name in ("torch._dynamo.aot_compile", "torch._inductor.compile_fx", "diffusers.models.transformers"):
+            for name in ("torch._dynamo.aot_compile", "torch._inductor.compile_fx"):
                 importlib.import_module(name)
             store = self.store
             if store is None:
