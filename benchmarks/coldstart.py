@@ -10,8 +10,8 @@ caches of torch and Triton, once with the checkpoint in the page cache and once 
 
 - `imports_s`: process start (the interpreter's too) until torch, diffusers and fluxfire are imported;
 - `weights_s`: `from_pretrained(..., device_map=...)`, until the weights are on the device;
-- `artifacts_s`: what came on top of eager before the first step: `optimize`, and what the first step waited for artifacts
-  (`load_s` is what loading them took, whichever thread did it);
+- `artifacts_s`: what came on top of eager before the first step: `apply_compile`, and what the first step waited for
+  artifacts (`load_s` is what loading them took, whichever thread did it);
 - `first_step_s`: a call of one step, without that waiting, compilation included;
 - `total_s`: process start to the end of the first step; the sum of these.
 
@@ -46,7 +46,7 @@ ORDER = (
     *(("prefetch", "cold"), ("traced", "warm"), ("store", "cold"), ("diffusers", "warm")),
     *(("eager", "warm"), ("prefetch", "warm"), ("eager", "cold"), ("prefetch", "cold")),  # again, while there is time
 )
-COLUMNS = "imports_s weights_s artifacts_s first_step_s total_s traced_graphs ms_computed".split()
+COLUMNS = ("imports_s", "weights_s", "artifacts_s", "first_step_s", "total_s", "traced_graphs", "ms_computed")
 
 
 def transformer_config(blocks: list[int], tiny: bool) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def main() -> None:
 def _machine(device: str) -> dict[str, Any]:
     import diffusers
     import torch
-    import torch._inductor.compile_fx  # noqa: F401
+    import torch._inductor.compile_fx
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     return {"gpu": gpu, "torch": torch.__version__, "diffusers": diffusers.__version__}

@@ -5,39 +5,43 @@ blocks of a kind, in any process, at any size (`torch.compile(...).aot_compile`,
 first call, with its real inputs: who misses compiles once, as without a mega-cache, and what was compiled is kept after
 the first complete run. Batch 1 and batch >= 2 are two artifacts, as they are two graphs.
 
-Such an artifact comes without Dynamo's guards, except those on sizes. This file is the guard; what it does not know takes
-the traced path, counted and reported. In the place of each kind of guard that is dropped (`DROPPED`) stands:
+Such an artifact comes without Dynamo's guards, except those on sizes. This file is the guard; what it does not know
+takes the traced path, counted and reported. In the place of each kind of guard that is dropped stands:
 
 - guards on the block, its modules, parameters and attributes, their types and identities: the block's description is a
   part of the key, and a `Watch` looks before every call whether any object of it was replaced (`structure.py`);
 - guards on classes, functions, modules and globals: sources and class attributes are a part of the key or checked at
   load; once a denoiser call the namespaces of all traced modules and classes are compared with what they were;
-- guards on arguments: the data type, device, rank and sizes (0, 1 or more) of all tensors, which of them are one, and all
-  other values are a part of the key; exact sizes that were not seen before are put to the guards on sizes;
-- guards on torch's state: gradients, autocast and modes take the traced path; what else there is is a part of the key and
-  read once a denoiser call (`_state`).
+- guards on arguments: the data type, device, rank and sizes (0, 1 or more) of all tensors, which of them are one, and
+  all other values are a part of the key; exact sizes that were not seen before are put to the guards on sizes;
+- guards on torch's state: gradients, autocast and modes take the traced path; what else there is is a part of the key
+  and read once a denoiser call (`graphs.torch_state`).
 
-Beyond that, an artifact that meets a block's description and sizes for the first time runs beside the block's own forward,
-and is used if it gives the same numbers within rounding. That costs one uncompiled block call.
+Beyond that, an artifact that meets a block's description and sizes for the first time runs beside the block's own
+forward, and is used if it gives the same numbers within rounding. That costs one uncompiled block call.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
+import operator
+import sys
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Final
 
 import torch
 
-from fluxfire.megacache import Artifact, MegaCache, environment
+from fluxfire.blocks import denoiser_of
+from fluxfire.graphs import clones, compile_ahead, distance, exact, kind, pattern, torch_state
+from fluxfire.megacache import Artifact, MegaCache, environment, megacache_at
 from fluxfire.run import at_last_step
 from fluxfire.stats import ArtifactStats
 from fluxfire.store.manifest import digest
@@ -45,17 +49,10 @@ from fluxfire.structure import Unknown, Watch, describe, is_torchs
 
 _LOG: Final = logging.getLogger(__name__)
 
-KEPT: Final = frozenset({"SHAPE_ENV"})  # needs nothing but the arguments' sizes
-# Kinds of Dynamo's guards that the checks above stand for; an artifact with any other is not used.
-DROPPED: Final = frozenset(
-    "AUTOGRAD_SAVED_TENSORS_HOOKS BOOL_MATCH BUILTIN_MATCH CLASS_MATCH CLOSURE_MATCH CONSTANT_MATCH DEFAULT_DEVICE "
-    "DETERMINISTIC_ALGORITHMS DICT_CONTAINS DICT_KEYS_MATCH DICT_NOT_CONTAINS DUPLICATE_INPUT EMPTY_NN_MODULE_HOOKS_DICT "
-    "EQUALS_MATCH FUNCTION_MATCH GLOBAL_STATE GRAD_MODE HASATTR ID_MATCH MAPPING_KEYS_CHECK MODULE_MATCH NONE_MATCH "
-    "NOT_NONE_MATCH NOT_PRESENT_IN_GENERIC_DICT SEQUENCE_LENGTH SET_CONTAINS SET_NOT_CONTAINS TENSOR_MATCH "
-    "TENSOR_SUBCLASS_METADATA_MATCH TORCH_FUNCTION_STATE TUPLE_ITERATOR_LEN TYPE_MATCH".split()
-)
-# Two computations of a block may differ by this share of what the block adds to its input, and by an ulp of the output.
-TOLERANCE: Final = {torch.float16: 0.1, torch.bfloat16: 0.1, torch.float32: 1e-2, torch.float64: 1e-6}
+
+# Kinds of artifacts that one pipeline compiles for one class of blocks: batch 1 and more, a LoRA or two. Who changes a
+# number in each call, such as a LoRA's scale, is better served by a traced graph that takes it as an input.
+LIMIT: Final = 8
 
 
 class Blocks:
@@ -84,17 +81,27 @@ class Blocks:
         self._served: dict[str, dict[Any, Artifact | None]] = {}  # block's digest -> (state, inputs) -> None: traced
         self._artifacts: dict[int, Artifact] = {}  # those that this pipeline uses
         self._to_keep: list[Artifact] = []
-        self._world: dict[int, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # namespaces, and what they were
+        self._world: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # namespaces, and what they were
+        self._made: Counter[type] = Counter()
         self._counts: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
 
     def stats(self) -> ArtifactStats:
         """A snapshot of the counts."""
         counts, seconds = self._counts, self._seconds
         size = sum(artifact.kept_bytes for artifact in self._artifacts.values())
-        numbers = (counts[name] for name in ("hits", "misses", "kept", "served", "traced"))
-        return ArtifactStats(*numbers, size, seconds["load"], seconds["waited"], tuple(self._reasons.items()))
+        return ArtifactStats(
+            hits=counts["hits"],
+            misses=counts["misses"],
+            kept=counts["kept"],
+            served=counts["served"],
+            traced=counts["traced"],
+            bytes=size,
+            load_s=seconds["load"],
+            waited_s=seconds["waited"],
+            reasons=tuple(self._reasons.items()),
+        )
 
     def around(self, block: torch.nn.Module, traced: Callable[..., Any]) -> Callable[..., Any]:
         """What to put around the block's forward; `traced` is for what is not known. Inputs come in one form."""
@@ -104,7 +111,7 @@ class Blocks:
             try:
                 artifact, values = self._find(known, forward, args, kwargs)
             except Unknown as reason:
-                self._reasons[str(reason)] += 1
+                self._reasons[f"traced: {reason}"] += 1
                 artifact = None
             if artifact is None:
                 self._counts["traced"] += 1
@@ -116,15 +123,18 @@ class Blocks:
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Reads torch's state and looks at the traced namespaces once for all blocks; keeps what a whole run used."""
-        if any(live != before for live, before in self._world.values()):
-            self._world.clear()
-            self._served.clear()  # everything is put to the test again
-        self._local.state = _state()
+        for name, (live, before) in self._world.items():
+            if not _unchanged(live, before):
+                self._reasons[f"tried again: {name} changed"] += 1
+                self._world.clear()
+                self._served.clear()
+                break
+        self._local.state = torch_state()
         try:
             out = forward(*args, **kwargs)
         finally:
             self._local.state = None
-        if self._to_keep and (pipe := self._pipe()) and at_last_step(pipe.scheduler):
+        if self._to_keep and at_last_step(getattr(self._pipe(), "scheduler", None)):
             with self._lock:
                 artifacts, self._to_keep = self._to_keep, []
             self._counts["kept"] += sum(map(self._cache.keep, artifacts))
@@ -132,14 +142,14 @@ class Blocks:
 
     def _find(self, known: _Block, forward: Any, args: Any, kwargs: Any) -> tuple[Artifact | None, list[Any]]:
         values = known.bind(args, kwargs)
-        state = getattr(self._local, "state", None) or _state()
+        state = getattr(self._local, "state", None) or torch_state()
         if isinstance(state, str):
             raise Unknown(state)
         seen: list[int] = []
-        inputs = (state, tuple([_exact(value, seen) for value in values]), _pattern(seen))
+        inputs = (state, tuple([exact(value, seen) for value in values]), pattern(seen))
         if known.watch is None or not known.watch.unchanged():
             with self._lock:
-                known.look(next(value for value in values if isinstance(value, torch.Tensor)).device)
+                known.look(_device(values))
         if known.description is None:
             raise Unknown(known.reason)
         served = self._served.get(known.digest)
@@ -151,39 +161,38 @@ class Blocks:
         return served[inputs], values
 
     def _resolve(self, known: _Block, forward: Any, values: list[Any], state: dict[str, Any]) -> Artifact | None:
-        """The artifact for this block and these inputs, tried on them; None: the traced path, with the reason counted."""
+        """The artifact for this block and these inputs, tried on them; None for the traced path, the reason counted."""
         try:
-            device = next(value for value in values if isinstance(value, torch.Tensor)).device
             seen: list[int] = []
-            kinds = [_kind(value, self._dynamic, seen) for value in values]
-            fields = {"environment": environment(device), **self._fields, "state": state, "block": known.description}
-            artifact = self._get(fields | {"inputs": [*kinds, list(_pattern(seen))]}, known.block, values)
+            kinds = [kind(value, self._dynamic, seen) for value in values]
+            fields = {"environment": environment(_device(values)), **self._fields, "state": state}
+            fields |= {"threads": torch.get_num_threads() if _device(values).type == "cpu" else None}
+            fields |= {"block": known.description, "inputs": [*kinds, list(pattern(seen))]}
+            artifact = self._get(fields, known.block, values)
             self._try(artifact, known.block, forward, values)
         except Unknown as reason:
-            self._reasons[str(reason)] += 1
+            self._reasons[f"traced: {reason}"] += 1
             return None
         for module in artifact.modules:
-            self._watch_namespace(module)
+            names = vars(sys.modules[module])
+            self._world[module] = (names, dict(names))
         for cls in known.classes:
             if not is_torchs(cls.__module__):
-                self._world[id(cls)] = (vars(cls), dict(vars(cls)))
+                self._world[f"{cls.__module__}.{cls.__qualname__}"] = (vars(cls), dict(vars(cls)))
         return artifact
-
-    def _watch_namespace(self, module: str) -> None:
-        import sys
-
-        names = vars(sys.modules[module])
-        self._world[id(names)] = (names, dict(names))
 
     def _get(self, fields: dict[str, Any], block: torch.nn.Module, values: list[Any]) -> Artifact:
         start, made = time.perf_counter(), False
 
         def make(why: str) -> Artifact:
-            nonlocal made, start
+            nonlocal made
             made = True
             self._seconds["waited"] += time.perf_counter() - start
+            if self._made[type(block)] >= LIMIT:
+                raise Unknown(f"{LIMIT} artifacts of {type(block).__name__} were compiled here already")
+            self._made[type(block)] += 1
             self._reasons[f"compiled: {why}"] += 1
-            return _compile(fields, block, values, self._options(), self._dynamic)
+            return compile_ahead(fields, block, values, self._options(), self._dynamic)
 
         artifact = self._cache.get(fields, make)
         if made:
@@ -201,8 +210,8 @@ class Blocks:
         if not artifact.run.guard_check(block, *values):
             raise Unknown("sizes outside of those that the artifact was compiled for")
         try:
-            wanted = forward(*_clones(values))
-            error = _error(artifact.run(block, *_clones(values)), wanted, values)
+            wanted = forward(*clones(values))
+            error = distance(artifact.run(block, *clones(values)), wanted, values)
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:
@@ -249,147 +258,50 @@ class _Block:
             self.description, self.reason = None, str(reason)
 
 
-def _compile(
-    fields: dict[str, Any], block: torch.nn.Module, values: list[Any], options: dict[str, Any], dynamic: bool
-) -> Artifact:
-    """Compiles the block's class forward with these values.
-
-    Raises:
-        Unknown: torch cannot compile or serialize it.
-    """
-    options["guard_filter_fn"] = _keep_guards_on_sizes
-    start = time.perf_counter()
-    try:
-        with _settings():
-            forward = torch.compile(type(block).forward, fullgraph=True, dynamic=dynamic, options=options)
-            run = forward.aot_compile(((block, *values), {}))  # type: ignore[attr-defined]
-            payload = type(run).serialize(run).serialized_data
-    except (torch.OutOfMemoryError, Unknown):
-        raise
-    except Exception as error:  # torch raises anything here; traced, it is compiled or raised again
-        reason = f"cannot be compiled ahead of time: {type(error).__name__}: {error}".splitlines()[0]
-        _LOG.warning("%s %s", type(block).__name__, reason)
-        raise Unknown(reason) from error
-    run.disable_guard_check()
-    modules = {source.module for source in run.source_info().inlined_sources}
-    traced = tuple(sorted(module for module in modules if not is_torchs(module)))
-    _LOG.info("%s compiled ahead of time in %.1f s", type(block).__name__, time.perf_counter() - start)
-    return Artifact(fields, run, traced, payload, len(payload))
+def _device(values: list[Any]) -> torch.device:
+    return next(value for value in values if isinstance(value, torch.Tensor)).device
 
 
-@contextmanager
-def _settings() -> Any:
-    import torch._dynamo.config as dynamo
-    from torch._dynamo.convert_frame import compile_lock
-
-    # A symbolic float makes tracing begin anew, in a way that compilation ahead of time does not know.
-    with compile_lock, dynamo.patch(enable_aot_compile=True, specialize_float=True):  # type: ignore[attr-defined]
-        yield
+def _unchanged(live: Mapping[str, Any], before: dict[str, Any]) -> bool:
+    return len(live) == len(before) and all(map(operator.is_, map(live.get, before), before.values()))
 
 
-def _keep_guards_on_sizes(guards: Any) -> list[bool]:
-    if unknown := {guard.guard_type for guard in guards} - KEPT - DROPPED:
-        raise Unknown(f"depends on what fluxfire does not check: {', '.join(sorted(unknown))}")
-    return [guard.guard_type in KEPT for guard in guards]
+@dataclass(frozen=True, slots=True)
+class NotServed:
+    """In the place of `Blocks` where nothing can be served: why."""
+
+    reason: str
+
+    def stats(self) -> ArtifactStats:
+        """The reason as the report's only count."""
+        return ArtifactStats(reasons=((f"not used: {self.reason}", 1),))
 
 
-def _state() -> tuple[tuple[str, Any], ...] | str:
-    """Torch's settings that graphs depend on; or why no graph made ahead of time is to be used now."""
-    if torch.is_grad_enabled():
-        return "gradients are enabled"
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        return "a mode of torch is on (torch.set_default_device is one)"
-    if torch.nn.modules.module._has_any_global_hook():
-        return "there are global module hooks"
-    sdp = torch.backends.cuda
-    kernels = (
-        sdp.flash_sdp_enabled(),
-        sdp.mem_efficient_sdp_enabled(),
-        sdp.math_sdp_enabled(),
-        sdp.cudnn_sdp_enabled(),
-    )
-    return (
-        ("inference_mode", torch.is_inference_mode_enabled()),
-        ("matmul_precision", torch.get_float32_matmul_precision()),
-        ("deterministic", torch.are_deterministic_algorithms_enabled()),
-        ("dtype", str(torch.get_default_dtype())),
-        ("threads", torch.get_num_threads()),
-        ("sdp", "".join("01"[on] for on in kernels)),
-        ("attention", _attention_backend()),
-    )
+def blocks_of(
+    pipe: Any,
+    place: str | PathLike[str],
+    backend: str,
+    scope: str,
+    options: Callable[[], dict[str, Any]],
+    dynamic: bool,
+) -> Blocks | NotServed:
+    """What serves this pipeline's blocks from the mega-cache, or why nothing does."""
+    if backend != "inductor":
+        return NotServed(f"backend {backend!r} makes nothing that can be kept")
+    if scope != "blocks":
+        return NotServed(f"scope {scope!r} is one graph of everything, and only blocks are compiled ahead of time")
+    import torch._functorch.config
 
-
-def _attention_backend() -> str:
-    """Diffusers' process-wide backend, for processors without one of their own."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return str(_AttentionBackendRegistry.get_active_backend()[0].value)
-
-
-def _exact(value: Any, seen: list[int]) -> Any:
-    """The value as a graph sees it, to be compared; collects the tensors' identities."""
-    if type(value) is torch.Tensor:
-        seen.append(id(value))
-        if value.requires_grad or value.layout != torch.strided:
-            raise Unknown("a tensor that requires a gradient, or is sparse")
-        return (value.shape, value.dtype, value.device)
-    if value is None or isinstance(value, bool | int | float | str):
-        return (type(value), value)
-    if isinstance(value, list | tuple):
-        return (type(value), tuple([_exact(item, seen) for item in value]))
-    if isinstance(value, dict):
-        return tuple([(name, _exact(item, seen)) for name, item in value.items()])
-    raise Unknown(f"an argument of type {type(value).__qualname__}")
-
-
-def _kind(value: Any, dynamic: bool, seen: list[int]) -> Any:
-    """The value as far as an artifact is made for it, in JSON: sizes are 0, 1 or more."""
-    if isinstance(value, torch.Tensor):
-        seen.append(id(value))
-        sizes = [min(size, 2) if dynamic else size for size in value.shape]
-        return [str(value.dtype), str(value.device), sizes]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return min(value, 2) if dynamic else value
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_kind(item, dynamic, seen) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[str(name), _kind(item, dynamic, seen)] for name, item in value.items()]}
-    return repr(value) if isinstance(value, float) else value
-
-
-def _pattern(seen: list[int]) -> tuple[int, ...]:
-    """Which tensors are one, where any are."""
-    return () if len(set(seen)) == len(seen) else tuple(map(seen.index, seen))
-
-
-def _clones(value: Any) -> Any:
-    """The same values in tensors of their own: what a block writes into stays as it was."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_clones, value))
-    return {name: _clones(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def _error(got: Any, wanted: Any, inputs: list[Any]) -> float:
-    """The largest difference of two results, in units of what rounding explains; inf where they are not alike."""
-    outputs, references = _tensors(got), _tensors(wanted)
-    if [(o.shape, o.dtype) for o in outputs] != [(r.shape, r.dtype) for r in references] or not outputs:
-        return math.inf
-    errors = []
-    for output, reference in zip(outputs, references, strict=True):
-        exact = reference.double() if reference.device.type == "cpu" else reference.float()
-        bases = [tensor for tensor in _tensors(inputs) if tensor.shape == reference.shape]
-        added = [(exact - base).norm() for base in bases] + [exact.norm()]
-        allowed = TOLERANCE.get(reference.dtype, 0.0) * torch.stack(added).min()
-        allowed = allowed + torch.finfo(reference.dtype).eps * exact.norm()
-        errors.append(((output - exact).norm() / allowed.clamp_min(1e-30)).item())
-    return max(errors) if not any(map(math.isnan, errors)) else math.inf
+    told: dict[str, Any] = {}
+    for config in (torch._functorch.config, torch._inductor.config):
+        values = config.save_config_portable()
+        told |= {name: value for name, value in values.items() if not config._is_default(name)}
+    asked = options()
+    if asked.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
+        return NotServed("CUDA graphs cannot be kept")
+    told = {name: repr(value) for name, value in (told | asked).items()}
+    if unknown := [name for name, value in told.items() if " at 0x" in value]:
+        return NotServed(f"inductor's {', '.join(unknown)} cannot be told apart from process to process")
+    model = {name: repr(value) for name, value in denoiser_of(pipe).config.items() if not name.startswith("_")}
+    fields = {"options": told, "dynamic": dynamic, "config": model}
+    return Blocks(pipe, megacache_at(place), fields, options, dynamic)

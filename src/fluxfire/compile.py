@@ -28,19 +28,18 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
 
 import torch
 
-from fluxfire.aot import Blocks
+from fluxfire.aot import Blocks, blocks_of
 from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
-from fluxfire.megacache import check_path, megacache_at
+from fluxfire.megacache import check_path
 from fluxfire.patches import Workaround, applying
 from fluxfire.plan import Step
-from fluxfire.stats import ArtifactStats, CompileStats
+from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -232,19 +231,21 @@ def apply_compile(
     knobs |= {"megacache": megacache}
     reason = check_compile(pipe, options=options, **knobs)
     settings = (*knobs.items(), ("options", tuple((options or {}).items())))
-    # torch refuses `mode` together with `options`, and consumes the dict.
-    inductor: Callable[[], dict[str, Any]] = lambda: (
-        torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
-    )  # noqa: E731
+
+    def inductor() -> dict[str, Any]:  # torch refuses `mode` together with `options`, and consumes the dict
+        return torch._inductor.list_mode_options(mode, dynamic) | dict(options or {})
+
     with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
         denoiser, targets = denoiser_of(pipe), _targets(pipe, scope, vae)
         graphs = Graphs(mode, kinds=len({type(module) for module in targets}))
-        ahead = None if megacache is None else _ahead(pipe, megacache, backend, scope, inductor, dynamic)
+        ahead = None if megacache is None else blocks_of(pipe, megacache, backend, scope, inductor, dynamic)
         for module in targets:
             more: dict[str, Any] = {"options": inductor()} if backend == "inductor" else {}
             compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **more)
-            serves = isinstance(ahead, Blocks) and not (vae and module is targets[-1])
-            call = ahead.around(module, compiled) if serves else _instead(compiled)
+            if isinstance(ahead, Blocks) and not (vae and module is targets[-1]):
+                call = ahead.around(module, compiled)
+            else:
+                call = _instead(compiled)
             handle.patch.wrap(module, "forward", _on_plain_inputs(call))
         SAME_META.hold(handle)
         if isinstance(ahead, Blocks):
@@ -255,40 +256,6 @@ def apply_compile(
         if ahead:
             handle.states["megacache"] = ahead
     return pipe
-
-
-@dataclass(frozen=True, slots=True)
-class _NotServed:
-    reason: str
-
-    def stats(self) -> ArtifactStats:
-        return ArtifactStats(reasons=((f"not used: {self.reason}", 1),))
-
-
-def _ahead(
-    pipe: Any,
-    place: str | PathLike[str],
-    backend: str,
-    scope: str,
-    options: Callable[[], dict[str, Any]],
-    dynamic: bool,
-) -> Blocks | _NotServed:
-    """What serves this pipeline's blocks from the mega-cache, or why nothing does."""
-    if backend != "inductor":
-        return _NotServed(f"backend {backend!r} makes nothing that can be kept")
-    if scope != "blocks":
-        return _NotServed(f"scope {scope!r} is one graph of everything, and only blocks are compiled ahead of time")
-    config = torch._inductor.config
-    changed = {name: value for name, value in config.save_config_portable().items() if not config._is_default(name)}
-    asked = options()
-    if asked.get("triton.cudagraphs", config.triton.cudagraphs):
-        return _NotServed("CUDA graphs cannot be kept")
-    told = {name: repr(value) for name, value in (changed | asked).items()}
-    if unknown := [name for name, value in told.items() if " at 0x" in value]:
-        return _NotServed(f"inductor's {', '.join(unknown)} cannot be told apart from process to process")
-    model = {name: repr(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    fields = {"options": told, "dynamic": dynamic, "config": model}
-    return Blocks(pipe, megacache_at(place), fields, options, dynamic)
 
 
 def _instead(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ Loading an artifact means running its code, so the store is a private folder and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -34,7 +35,7 @@ import torch
 from fluxfire.errors import ArgumentError
 from fluxfire.store import Manifest, Store, StoreError
 from fluxfire.store.manifest import digest
-from fluxfire.structure import Unknown, is_torchs, source_of
+from fluxfire.structure import Unknown, source_of
 
 PREFETCHED: Final = 16  # artifacts: a model's blocks at batch 1 and more are 4
 _LOG: Final = logging.getLogger(__name__)
@@ -57,9 +58,10 @@ class Artifact:
 
 def default_folder() -> Path:
     """Where `megacache="auto"` keeps artifacts: fluxfire's folder among this user's caches."""
-    home = Path.home()
-    caches = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    return Path(os.path.realpath(os.environ.get("XDG_CACHE_HOME") or caches)) / "fluxfire" / "megacache"
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # the standard: a relative one is invalid
+        caches = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(os.path.realpath(caches)) / "fluxfire" / "megacache"
 
 
 def check_path(megacache: object) -> None:
@@ -111,6 +113,7 @@ class MegaCache:
         self.path = path
         self._lock = threading.Lock()
         self._artifacts: dict[str, Future[Artifact]] = {}
+        self._fault = ""
 
     @functools.cached_property
     def store(self) -> Store | None:
@@ -118,7 +121,8 @@ class MegaCache:
         try:
             return Store(self.path)
         except (StoreError, OSError) as error:
-            _LOG.warning("no artifact is kept or found: %s", error)
+            self._fault = f"the store cannot be used: {error}"
+            _LOG.warning("no artifact is kept or found, %s", self._fault)
             return None
 
     def get(self, fields: dict[str, Any], make: Callable[[str], Artifact]) -> Artifact:
@@ -128,11 +132,16 @@ class MegaCache:
             Unknown: it was not in the store, and could not be made.
         """
         key = digest(fields)
-        with self._lock:
-            found = self._artifacts.get(key)
-            future = found or self._artifacts.setdefault(key, Future())
-        if found:
-            return found.result()
+        while True:
+            with self._lock:
+                found = self._artifacts.get(key)
+                future = found or self._artifacts.setdefault(key, Future())
+            if not found:
+                break
+            try:
+                return found.result()
+            except _Absent:  # somebody looked who makes none
+                continue
         try:
             artifact = self._load(fields)
             future.set_result(make(artifact) if isinstance(artifact, str) else artifact)
@@ -166,7 +175,7 @@ class MegaCache:
         return True
 
     def prefetch(self) -> None:
-        """Imports, then loads the artifacts of this environment that were used last. Nothing of it can fail the user."""
+        """Imports, then loads the artifacts of this environment that were used last. Never raises."""
         try:
             for name in ("torch._dynamo.aot_compile", "torch._inductor.compile_fx"):
                 importlib.import_module(name)
@@ -177,7 +186,8 @@ class MegaCache:
             here = environment(device)
             fitting = [found for found in store.manifests() if found.fields.get("environment") == here]
             for manifest in fitting[:PREFETCHED]:
-                self.get(manifest.fields, _not_made)
+                with contextlib.suppress(_Absent):
+                    self.get(manifest.fields, _not_made)
         except Exception as error:  # whatever it is, the first call will meet it again and say so
             _LOG.info("prefetch ended early: %s", error)
 
@@ -186,7 +196,7 @@ class MegaCache:
         start = time.perf_counter()
         store, key = self.store, digest(fields)
         if store is None:
-            return "the store cannot be used"
+            return self._fault
         try:
             manifest = store.manifest(key)
             if manifest is None:
@@ -196,7 +206,10 @@ class MegaCache:
                 if source_of(module) != source:
                     return f"the source of {module} changed"
             payload = store.payload(manifest)
-            run = torch.compiler.load_compiled_function(io.BytesIO(payload))
+            from torch._dynamo.convert_frame import compile_lock
+
+            with compile_lock:
+                run = torch.compiler.load_compiled_function(io.BytesIO(payload))
         except Exception as error:  # torch's deserializer raises anything: whatever it is, we compile
             _LOG.warning("an artifact could not be loaded: %s", error)
             return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -205,8 +218,12 @@ class MegaCache:
         return Artifact(fields, run, modules, b"", len(payload), time.perf_counter() - start)
 
 
+class _Absent(Unknown):
+    """It is not in the store, and was not to be made."""
+
+
 def _not_made(why: str) -> Artifact:
-    raise Unknown(why)
+    raise _Absent(why)
 
 
 def _nearest(fields: dict[str, Any], manifests: list[Manifest]) -> str:
@@ -223,6 +240,9 @@ def _differences(here: Any, there: Any, at: str = "") -> list[str]:
         names = [*here, *(name for name in there if name not in here)]
         pairs = [(here.get(name), there.get(name), f"{at}.{name}".lstrip(".")) for name in names]
         return [line for one, other, name in pairs if one != other for line in _differences(one, other, name)]
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        triples = zip(here, there, range(len(here)), strict=True)
+        return [line for a, b, index in triples if a != b for line in _differences(a, b, f"{at}[{index}]")]
     return [f"{at.removeprefix('environment.')} {_short(there)}, here {_short(here)}"]
 
 

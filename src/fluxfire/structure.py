@@ -22,7 +22,8 @@ from torch import nn
 
 from fluxfire.blocks import is_own
 
-_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN: Final = (float, complex, bytes, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_SEEN_ELSEWHERE: Final = (nn.Module, torch.Tensor, type, types.FunctionType)
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps on every module. `training` is read by dropout.
 _BOOKKEEPING: Final = frozenset(vars(nn.Module())) - {"training"}
@@ -70,9 +71,9 @@ class _Description:
         }
 
     def value(self, value: Any, at: str) -> Any:
-        if value is None or isinstance(value, bool | int | str) and not isinstance(value, enum.Enum):
+        if value is None or (isinstance(value, bool | int | str) and not isinstance(value, enum.Enum)):
             return value
-        if isinstance(value, float | complex | bytes | slice) or isinstance(value, _PLAIN):
+        if isinstance(value, _PLAIN):
             return repr(value)
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name}"
@@ -92,9 +93,9 @@ class _Description:
 
     def _object(self, value: Any, at: str) -> Any:
         """An object by its class and attributes, such as an attention processor; `traced()` says what a graph reads."""
-        if hasattr(value, "traced"):
+        if type(value).__module__.startswith("fluxfire.") and hasattr(value, "traced"):
             return self.value(value.traced(), at)
-        if isinstance(value, nn.Module | types.ModuleType) or not hasattr(value, "__dict__") or id(value) in self._path:
+        if not _is_its_attributes(value) or id(value) in self._path:
             raise Unknown(f"{at} is a {type(value).__module__}.{type(value).__qualname__}")
         self._path.append(id(value))
         try:
@@ -142,6 +143,14 @@ def _class(cls: type, at: str) -> Any:
             attributes |= {key: repr(item) for key, item in plain.items() if _is_plain(item)}
     sources = {base.__module__: source_of(base.__module__) for base in cls.__mro__ if not is_torchs(base.__module__)}
     return {"name": name, "sources": sources, "attributes": attributes}
+
+
+def _is_its_attributes(value: Any) -> bool:
+    """Whether an object is of classes written in Python, without slots: then its `vars` are all there is of it."""
+    written = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+    classes = [cls for cls in type(value).__mro__ if cls is not object]
+    plain = all(cls.__flags__ & written and not vars(cls).get("__slots__") for cls in classes)
+    return plain and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
 
 
 def _is_plain(value: Any) -> bool:
@@ -201,12 +210,11 @@ class Watch:
             self._mutable.append(value)
             for item in value.values() if isinstance(value, dict) else value:
                 self._look_into(item, dicts, depth)
-        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | torch.Tensor | type | types.FunctionType):
-            if depth < 2:
-                dicts.append(vars(value))
-                self.classes.add(type(value))
-                for item in vars(value).values():
-                    self._look_into(item, dicts, depth + 1)
+        elif depth < 2 and hasattr(value, "__dict__") and not isinstance(value, _SEEN_ELSEWHERE):
+            dicts.append(vars(value))
+            self.classes.add(type(value))
+            for item in vars(value).values():
+                self._look_into(item, dicts, depth + 1)
 
     def _now(self) -> list[Any]:
         tensors = self._tensors
