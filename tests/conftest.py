@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,12 @@ def crash_between_and_within_steps(pipe: Any, fresh: torch.Tensor) -> None:
         run(pipe)
     blow_up.remove()
     assert torch.equal(run(pipe), fresh)
+
+
+@pytest.fixture(autouse=True)
+def empty_megacache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another has compiled, and none writes to the user's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
 
 
 @pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])

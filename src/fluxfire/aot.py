@@ -91,17 +91,9 @@ class Blocks:
         """A snapshot of the counts."""
         counts, seconds = self._counts, self._seconds
         size = sum(artifact.kept_bytes for artifact in self._artifacts.values())
-        return ArtifactStats(
-            hits=counts["hits"],
-            misses=counts["misses"],
-            kept=counts["kept"],
-            served=counts["served"],
-            traced=counts["traced"],
-            bytes=size,
-            load_s=seconds["load"],
-            waited_s=seconds["waited"],
-            reasons=tuple(self._reasons.items()),
-        )
+        told: dict[str, Any] = {name: counts[name] for name in ("hits", "misses", "kept", "served", "traced")}
+        told |= {"bytes": size, "load_s": seconds["load"], "waited_s": seconds["waited"]}
+        return ArtifactStats(**told, reasons=tuple(self._reasons.items()))
 
     def around(self, block: torch.nn.Module, traced: Callable[..., Any]) -> Callable[..., Any]:
         """What to put around the block's forward; `traced` is for what is not known. Inputs come in one form."""

@@ -43,7 +43,7 @@ def _eager(pipe: Any, steps: int) -> Callable[[], str]:
 
 
 def _lossless(pipe: Any, steps: int) -> Callable[[], str]:
-    fluxfire.apply_compile(pipe)
+    fluxfire.apply_compile(pipe, megacache=None)
     return no_marks
 
 
@@ -53,7 +53,7 @@ def _cache_half(pipe: Any, steps: int) -> Callable[[], str]:
 
 
 def _half(pipe: Any, steps: int) -> Callable[[], str]:
-    fluxfire.apply_compile(pipe)
+    fluxfire.apply_compile(pipe, megacache=None)
     return _cache_half(pipe, steps)
 
 
@@ -86,7 +86,7 @@ def _ablated(parts: tuple[str, ...], pipe: Any, steps: int) -> Callable[[], str]
     options = {name: value for part in parts for name, value in FLAGS.get(part, {}).items()}
     mode = next((part for part in parts if part in (MAX_AUTOTUNE, CUDA_GRAPHS)), "default")
     if options or mode != "default" or "compile" in parts:
-        fluxfire.apply_compile(pipe, mode=mode, options=options, vae="compile_vae" in parts)
+        fluxfire.apply_compile(pipe, mode=mode, options=options, vae="compile_vae" in parts, megacache=None)
     return _cache_half(pipe, steps) if "cache" in parts else no_marks
 
 
