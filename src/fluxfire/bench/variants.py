@@ -119,8 +119,12 @@ VARIANTS: Final = {
     variant.name: variant
     for variant in (
         Variant("eager", _eager, "diffusers as it is"),
-        Variant("fluxfire", _lossless, "fluxfire.apply_compile(pipe)"),
-        Variant("fluxfire-half", _half, f"apply_compile(pipe), apply_cache(pipe, inf, max_consecutive_hits=1){_HALF}"),
+        Variant("fluxfire", _lossless, "fluxfire.apply_compile(pipe, megacache=None)"),
+        Variant(
+            "fluxfire-half",
+            _half,
+            f"apply_compile(pipe, megacache=None), apply_cache(pipe, inf, max_consecutive_hits=1){_HALF}",
+        ),
         Variant(
             "diffusers-compile",
             peers.compile_repeated_blocks,
