@@ -47,7 +47,7 @@ def compile_ahead(
     try:
         with _settings():
             forward = torch.compile(type(block).forward, fullgraph=True, dynamic=dynamic, options=options)
-            run = forward.aotcompile_ahead(((block, *values), {}))  # type: ignore[attr-defined]
+            run = forward.aot_compile(((block, *values), {}))  # type: ignore[attr-defined]
             payload = type(run).serialize(run).serialized_data
     except (torch.OutOfMemoryError, Unknown):
         raise
