@@ -282,14 +282,15 @@ def blocks_of(
         return NotServed(f"backend {backend!r} makes nothing that can be kept")
     if scope != "blocks":
         return NotServed(f"scope {scope!r} is one graph of everything, and only blocks are compiled ahead of time")
-    import torch._functorch.config
+    from torch._dynamo.convert_frame import compile_lock
 
-    told: dict[str, Any] = {}
-    for config in (torch._functorch.config, torch._inductor.config):
-        values = config.save_config_portable()
-        told |= {name: value for name, value in values.items() if not config._is_default(name)}
+    config, told = torch._inductor.config, {}
+    with compile_lock:  # who compiles or loads in another thread changes settings meanwhile
+        for name, value in config.save_config_portable().items():
+            if value != vars(config)["_config"][name].default:
+                told[name] = value
     asked = options()
-    if asked.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
+    if asked.get("triton.cudagraphs", config.triton.cudagraphs):
         return NotServed("CUDA graphs cannot be kept")
     told = {name: repr(value) for name, value in (told | asked).items()}
     if unknown := [name for name, value in told.items() if " at 0x" in value]:

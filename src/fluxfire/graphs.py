@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from fluxfire.megacache import Artifact
-from fluxfire.structure import Unknown, is_torchs
+from fluxfire.structure import Unknown, is_torchs, source_of
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ def compile_ahead(
     run.disable_guard_check()
     modules = {source.module for source in run.source_info().inlined_sources}
     traced = tuple(sorted(module for module in modules if not is_torchs(module)))
+    for module in traced:
+        source_of(module)  # what cannot be told from its next version is not kept
     _LOG.info("%s compiled ahead of time in %.1f s", type(block).__name__, time.perf_counter() - start)
     return Artifact(fields, run, traced, payload, len(payload))
 

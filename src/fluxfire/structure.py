@@ -161,8 +161,9 @@ def _is_plain(value: Any) -> bool:
 
 def _function(function: Any) -> Any:
     name = f"{function.__module__}.{function.__qualname__}"
-    if getattr(function, "__closure__", None):
-        raise Unknown(f"{name} is a closure")
+    owner = getattr(function, "__self__", None)
+    if getattr(function, "__closure__", None) or not isinstance(owner, types.ModuleType | None):
+        raise Unknown(f"{name} is a closure or a method")
     return name if is_torchs(str(function.__module__)) else [name, source_of(function.__module__)]
 
 
@@ -174,10 +175,14 @@ def is_torchs(module: str) -> bool:
 
 @functools.cache
 def source_of(module: str) -> str:
-    """The SHA-256 of a module's file as it is when first asked; "" for one without a file."""
+    """The SHA-256 of a module's file as it is when first asked.
+
+    Raises:
+        Unknown: it has no file; a notebook's cells have none.
+    """
     path = getattr(sys.modules.get(module), "__file__", None)
     if not path:
-        return ""
+        raise Unknown(f"the source of {module} is in no file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
