@@ -144,6 +144,26 @@ def pipe(flux_class: type) -> Any:
     return make_pipe(flux_class)
 
 
+@pytest.fixture(scope="session")
+def serve_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of `serve_pipes.make`: a line for each denoiser call and each decoding of the `served` worker."""
+    return tmp_path_factory.mktemp("serve") / "log"
+
+
+@pytest.fixture(scope="session")
+def served(serve_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server with a warm worker (`serving.Served`), the same for all tests: a worker's start takes seconds."""
+    from serving import Served, make_settings, wait_until, with_tests_on_path
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (with_tests_on_path() | {"FLUXTEST_LOG": str(serve_log)}).items():
+            patch.setenv(name, value)
+        served = Served(make_settings(storage_dir=tmp_path_factory.mktemp("pictures")))
+    wait_until(lambda: served.http.get("/readyz").status_code == 200)
+    yield served
+    served.stop()
+
+
 @pytest.fixture
 def calls() -> Iterator[Callable[..., Any]]:
     """`calls(module)` counts how often a module's forward was entered, without touching its attributes."""

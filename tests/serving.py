@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import Any
 
 import httpx2
 import uvicorn
+from PIL import Image
 
 from fluxfire.serve.app import create_app
 from fluxfire.serve.engine import Engine
@@ -20,6 +24,8 @@ from fluxfire.serve.server import Server
 from fluxfire.serve.settings import Settings
 
 TESTS = Path(__file__).parent
+PROMPT = "teapot, noto style"
+SLOW = {"prompt": "slow", "steps": 5, "width": 16}
 
 
 class Served:
@@ -33,6 +39,14 @@ class Served:
         wait_until(lambda: self.server.started)
         self.url = url_of(self.server)
         self.http = httpx2.Client(base_url=self.url, timeout=60)
+        self.cold = self.cold_answers()
+
+    def cold_answers(self) -> dict[str, int]:
+        """What is answered before the worker is warm."""
+        inference = self.http.post("/inference", json={"prompt": "early"})
+        return {path: self.http.get(path).status_code for path in ("/livez", "/readyz")} | {
+            "/inference": inference.status_code
+        }
 
     def stop(self) -> None:
         self.http.close()
@@ -70,10 +84,47 @@ def wait_until(true: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def with_tests_on_path() -> dict[str, str]:
     """The environment in which a worker finds `serve_pipes`."""
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def ask(served: Served, **fields: Any) -> httpx2.Response:
+    return served.http.post("/inference", json={"prompt": PROMPT, "steps": 2} | fields)
+
+
+def open_picture(data: str | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def png(size: tuple[int, int] = (128, 128), colour: str = "teal") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def lines(log: Path, start: str) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith(start)]
+
+
+def batch_counts(served: Served) -> float:
+    return metric(served, "fluxfire_batch_pictures_count")
+
+
+def metric(served: Served, name: str) -> float:
+    for line in served.http.get("/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.split()[-1])
+    raise AssertionError(name)
+
+
+def post_by_hand(served: Served, path: str, body: bytes) -> socket.socket:
+    """A request whose answer is not read."""
+    connection = socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,33 +15,9 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-from PIL import Image
-from serving import Served, make_settings, wait_until, with_tests_on_path
+from serving import PROMPT, SLOW, Served, ask, batch_counts, lines, metric, open_picture, png, post_by_hand, wait_until
 
 from fluxfire import demo
-
-PROMPT = "teapot, noto style"
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("serve") / "log"
-
-
-@pytest.fixture(scope="module")
-def served(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (with_tests_on_path() | {"FLUXTEST_LOG": str(log)}).items():
-            patch.setenv(name, value)
-        served = Served(make_settings(storage_dir=tmp_path_factory.mktemp("pictures")))
-    # While the worker loads, the server is alive and not ready.
-    assert served.http.get("/livez").status_code == 200
-    cold = served.http.get("/readyz")
-    assert (cold.status_code, cold.json()["error"]["code"]) == (503, "not_ready")
-    assert served.http.post("/inference", json={"prompt": PROMPT}).status_code == 503
-    wait_until(lambda: served.http.get("/readyz").status_code == 200)
-    yield served
-    served.stop()
 
 
 @pytest.fixture
@@ -52,22 +26,9 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def ask(served: Served, **fields: Any) -> httpx2.Response:
-    return served.http.post("/inference", json={"prompt": PROMPT, "steps": 2} | fields)
-
-
-def open_picture(data: str | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
-
-
-def png(size: tuple[int, int] = (128, 128), colour: str = "teal") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def lines(log: Path, start: str) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith(start)]
+def test_alive_and_not_ready_until_the_worker_is_warm(served: Served):
+    assert served.cold == {"/livez": 200, "/readyz": 503, "/inference": 503}
+    assert served.http.get("/readyz").json() == {"status": "ready"}
 
 
 def test_inference_gives_pictures_seeds_times_and_cache_counts(served: Served):
@@ -214,49 +175,27 @@ def test_mixed_requests_at_once_equal_the_same_ones_alone(served: Served):
         assert np.abs(a - b).max() <= 1  # rounding of other matrix sizes
 
 
-SLOW = {"prompt": "slow", "steps": 5, "width": 16}
-
-
-def batch_counts(served: Served) -> float:
-    return metric(served, "fluxfire_batch_pictures_count")
-
-
-def metric(served: Served, name: str) -> float:
-    for line in served.http.get("/metrics").text.splitlines():
-        if line.startswith(name + " "):
-            return float(line.split()[-1])
-    raise AssertionError(name)
-
-
-def test_client_that_disconnects_frees_the_worker_within_a_step_and_nothing_is_decoded(served: Served, log: Path):
+def test_client_that_disconnects_frees_the_worker_within_a_step_and_nothing_is_decoded(served: Served, serve_log: Path):
     body = json.dumps({"prompt": "slow and left alone", "steps": 100, "width": 16, "height": 16}).encode()
     connection = post_by_hand(served, "/inference", body)
-    wait_until(lambda: len([line for line in lines(log, "step") if "left alone" in line]) >= 2)
-    before = len([line for line in lines(log, "step") if "left alone" in line])
+    wait_until(lambda: len([line for line in lines(serve_log, "step") if "left alone" in line]) >= 2)
+    before = len([line for line in lines(serve_log, "step") if "left alone" in line])
     connection.close()
     assert ask(served, prompt="afterwards").status_code == 200
-    after = [line for line in lines(log, "step") if "left alone" in line]
+    after = [line for line in lines(serve_log, "step") if "left alone" in line]
     assert len(after) - before <= 2  # the one under way, and one more while the news travels
-    assert not [line for line in lines(log, "decode") if "left alone" in line]
+    assert not [line for line in lines(serve_log, "decode") if "left alone" in line]
 
 
-def post_by_hand(served: Served, path: str, body: bytes) -> socket.socket:
-    """A request whose answer is not read."""
-    connection = socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    return connection
-
-
-def test_client_that_leaves_a_stream_frees_the_worker_too(served: Served, log: Path):
+def test_client_that_leaves_a_stream_frees_the_worker_too(served: Served, serve_log: Path):
     fields = {"prompt": "slow stream cut", "steps": 100, "size": "16x16", "stream": True, "partial_images": 3}
     with served.http.stream("POST", "/v1/images/generations", json=fields):
-        wait_until(lambda: any("stream cut" in line for line in lines(log, "step")))
+        wait_until(lambda: any("stream cut" in line for line in lines(serve_log, "step")))
     assert ask(served, prompt="afterwards").status_code == 200
-    assert len([line for line in lines(log, "step") if "stream cut" in line]) < 20
+    assert len([line for line in lines(serve_log, "step") if "stream cut" in line]) < 20
 
 
-def test_queued_request_of_a_client_that_left_never_starts(served: Served, log: Path):
+def test_queued_request_of_a_client_that_left_never_starts(served: Served, serve_log: Path):
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, served, **SLOW)
         wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
@@ -266,7 +205,7 @@ def test_queued_request_of_a_client_that_left_never_starts(served: Served, log: 
         connection.close()
         assert running.result().status_code == 200
     assert ask(served).status_code == 200
-    assert not [line for line in lines(log, "step") if "never begun" in line]
+    assert not [line for line in lines(serve_log, "step") if "never begun" in line]
 
 
 def test_full_queue_answers_429_with_the_time_until_there_is_room(served: Served, monkeypatch: pytest.MonkeyPatch):
@@ -308,7 +247,7 @@ def test_openai_client_gets_its_picture_by_retrying_after_429(served: Served, mo
     assert statuses[-1] == 200
 
 
-def test_same_idempotency_key_makes_one_generation(served: Served, log: Path):
+def test_same_idempotency_key_makes_one_generation(served: Served, serve_log: Path):
     fields = {"prompt": "slow twin", "width": 32, "height": 32}
     headers = {"Idempotency-Key": "twins"}
     with ThreadPoolExecutor(2) as pool:
@@ -316,7 +255,7 @@ def test_same_idempotency_key_makes_one_generation(served: Served, log: Path):
         first, second = (post.result().json() for post in posts)
     again = served.http.post("/inference", json=fields, headers=headers).json()
     assert first == second == again  # the random seed too
-    assert len([line for line in lines(log, "decode") if "slow twin" in line]) == 1
+    assert len([line for line in lines(serve_log, "decode") if "slow twin" in line]) == 1
 
 
 def test_idempotency_key_with_another_body_is_409(served: Served):
@@ -329,12 +268,12 @@ def test_idempotency_key_with_another_body_is_409(served: Served):
     assert path.status_code == 409
 
 
-def test_keyed_request_survives_its_clients_disconnection(served: Served, log: Path, client: openai.OpenAI):
+def test_keyed_request_survives_its_clients_disconnection(served: Served, serve_log: Path, client: openai.OpenAI):
     given: dict[str, Any] = {"prompt": "slow keyed", "size": "16x16", "extra_body": {"steps": 8}}
     keyed = client.with_options(max_retries=2, timeout=0.4)  # gives up in the middle, then comes back
     done = keyed.images.generate(**given, extra_headers={"Idempotency-Key": "back"})
     assert open_picture(done.data[0].b64_json).size == (16, 16)
-    assert len([line for line in lines(log, "decode") if "slow keyed" in line]) == 1
+    assert len([line for line in lines(serve_log, "decode") if "slow keyed" in line]) == 1
 
 
 def test_alive_and_counting_during_generation(served: Served):

@@ -11,6 +11,8 @@ from typing import Any
 from fluxfire.serve import wire
 from fluxfire.serve.wire import Message
 
+COMMAND = (sys.executable, "-m", "fluxfire.serve.worker")
+
 log = logging.getLogger("fluxfire.serve")
 
 
@@ -26,7 +28,7 @@ class WorkerProcess:
     async def start(cls, options: dict[str, Any], environment: dict[str, str]) -> WorkerProcess:
         """Starts one; it is ready when it says so."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "fluxfire.serve.worker", json.dumps(options)),
+            *(*COMMAND, json.dumps(options)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

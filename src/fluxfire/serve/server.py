@@ -27,6 +27,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings) -> None:
         self.reason: str | None = None  # why it could not start
+        self._loop: asyncio.AbstractEventLoop | None = None  # once it runs
         self._settings = settings
         app = create_app(settings, self._cannot_start)
         self._engine = app.state.desk.engine
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal."""
-        if self._engine.draining:
+        if self._engine.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             return
         self._engine.draining = True

@@ -1,0 +1,262 @@
+"""The server when something goes wrong: memory, bugs, deaths, deadlines, signals; and what it keeps to itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import make_pipe
+from diffusers import FluxFillPipeline
+from serving import TESTS, Served, ask, lines, make_settings, metric, wait_until
+
+from fluxfire import ArgumentError, cli
+from fluxfire.serve import model, process
+from fluxfire.serve.jobs import Order, Shape
+from fluxfire.serve.queue import Pace, PictureQueue
+from fluxfire.serve.redact import Redacting
+
+SMALL = {"width": 16, "height": 16}
+
+
+def test_out_of_memory_is_503_and_the_next_request_works(served: Served, serve_log: Path):
+    given_up = ask(served, prompt="exhausted", **SMALL)
+    assert (given_up.status_code, given_up.json()["error"]["code"]) == (503, "out_of_memory")
+    assert ask(served, **SMALL).status_code == 200
+    assert len(lines(serve_log, "step exhausted")) == 2  # once more with the decoder in tiles, then no more
+
+
+def test_batch_that_is_too_large_for_memory_is_made_one_by_one(served: Served):
+    made = ask(served, prompt="crowd", num_images=3, **SMALL)
+    assert made.status_code == 200
+    assert len(made.json()["pictures"]) == 3
+
+
+def test_decoder_that_is_out_of_memory_goes_on_in_tiles_for_this_picture_alone(served: Served, serve_log: Path):
+    assert ask(served, prompt="tiles", **SMALL).status_code == 200
+    assert ask(served, prompt="tiles", **SMALL).status_code == 200
+    assert len(lines(serve_log, "decode tiles")) == 4  # in vain first, each time: tiling did not stay on
+
+
+def test_bug_is_500_without_a_word_of_it_and_the_next_request_works(served: Served):
+    failed = ask(served, prompt="bug", **SMALL)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "generation_failed")
+    assert "passwd" not in failed.text
+    assert "Traceback" not in failed.text
+    assert failed.headers["x-should-retry"] == "false"
+    assert ask(served, **SMALL).status_code == 200
+
+
+def test_deadline_covers_queue_and_run_and_the_expired_never_start(
+    served: Served, serve_log: Path, monkeypatch: pytest.MonkeyPatch
+):
+    short = served.engine._settings.model_copy(update={"deadline_s": 0.4})
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(ask, served, prompt="slow but in time", steps=12, **SMALL)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        monkeypatch.setattr(served.engine, "_settings", short)
+        expired = ask(served, prompt="expired", steps=99, **SMALL)
+        assert (expired.status_code, expired.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert running.result().status_code == 200
+        late = ask(served, prompt="slow late", steps=100, **SMALL)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    monkeypatch.undo()
+    assert ask(served, **SMALL).status_code == 200
+    assert len(lines(serve_log, "step slow late")) < 20
+    assert not lines(serve_log, "step expired")
+
+
+def test_killed_worker_is_replaced_and_only_its_batch_is_lost(served: Served):
+    with ThreadPoolExecutor(2) as pool:
+        lost = pool.submit(ask, served, prompt="slow lost", steps=100, **SMALL)
+        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+        waiting = pool.submit(ask, served, prompt="waits", width=32, height=32)
+        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
+        os.kill(served.engine.supervisor.worker.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        answer = lost.result()
+        assert time.monotonic() - killed < 2
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_died")
+        assert answer.headers["retry-after"] == "1"
+        assert served.http.get("/readyz").status_code == 503
+        assert served.http.get("/livez").status_code == 200
+        assert waiting.result().status_code == 200  # by the new worker
+    assert served.http.get("/readyz").status_code == 200
+    assert metric(served, "fluxfire_worker_restarts_total") == 1
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
+    served = Served(make_settings(storage_dir=tmp_path, silence_s=0.5))
+    wait_until(lambda: served.http.get("/readyz").status_code == 200)
+    yield served
+    served.stop()
+
+
+def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served):
+    for fault in ("die", "hang", "half", "nonsense") * 3:
+        before = stubbed.engine.supervisor.worker.pid
+        answer = stubbed.http.post("/inference", json={"prompt": fault})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_died"), fault
+        wait_until(lambda: stubbed.http.get("/readyz").status_code == 200)
+        assert stubbed.engine.supervisor.worker.pid != before
+        assert stubbed.http.post("/inference", json={"prompt": "well"}).status_code == 200
+    assert len(os.listdir("/proc/self/fd")) < 100
+
+
+def test_picture_to_a_model_of_text_alone_and_a_threshold_without_cache_are_refused(stubbed: Served):
+    for fields, param in (({"image": "aaaa"}, "image"), ({"cache_threshold": 0.1}, "cache_threshold")):
+        answer = stubbed.http.post("/inference", json={"prompt": "a"} | fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+
+
+def test_batch_is_bounded_by_what_fits_into_the_gpus_memory():
+    from fluxfire.serve.jobs import Job
+
+    def job(width: int) -> Job:
+        return Job("a", Order("a", Shape(width, 64, 2, 1.0, None, None), (1, 2), None, (), "png", 90, "base64"), 0.0)
+
+    queue = PictureQueue(10**9)
+    for each in (job(64), job(128), job(64)):
+        queue.add(each)
+    sizes = []
+    while batch := queue.take(8, 3 * 64 * 64):
+        assert len({picture.job.order.shape for picture in batch}) == 1
+        sizes.append((batch[0].job.order.shape.width, len(batch)))
+    assert sizes == [(64, 3), (128, 1), (128, 1), (64, 1)]  # in order; others of the shape go along
+    assert (queue.cost, len(queue)) == (0, 0)
+
+
+def test_retry_after_follows_the_measured_pace():
+    pace = Pace()
+    assert pace.seconds(10**9) == 1
+    for _ in range(30):
+        pace.add(1000, 2.0)
+    assert pace.seconds(5000) == 10
+    pace.add(1000, 12.0)
+    assert pace.seconds(1000) == 4
+
+
+TOKEN, KEY = "hf_canary-0123456789", "key-canary-0123456789"
+
+
+def test_sigterm_makes_it_not_ready_at_once_and_all_that_was_taken_ends_whole(tmp_path: Path):
+    """Also: `.env` is read, its secrets are told to the worker that needs them and to nobody else."""
+    keys = json.dumps([{"name": "ada", "key": KEY}])
+    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\nFLUXFIRE_API_KEYS={keys}\nFLUXFIRE_S3_SECRET_ACCESS_KEY={KEY}\n")
+    with start(tmp_path, "--name", "mine", "--port", "0") as server:
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            with (
+                httpx2.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {KEY}"}) as http,
+                ThreadPoolExecutor(2) as pool,
+            ):
+                wait_until(lambda: http.get("/readyz").status_code == 200)
+                seen = [http.get("/openapi.json").text, http.get("/v1/models").text]
+                fields = {"prompt": "slow", "output": "bytes"}
+                taken = []
+                for gauge in ("running", "queue"):
+                    taken.append(pool.submit(http.post, "/inference", json=fields | {"seed": len(taken)}))
+                    wait_until(lambda gauge=gauge: f"fluxfire_{gauge}_pictures 1.0" in http.get("/metrics").text)
+                server.send_signal(signal.SIGTERM)
+                wait_until(lambda: http.get("/readyz").status_code == 503)
+                late = http.post("/inference", json=fields)
+                assert (late.status_code, late.json()["error"]["code"]) == (503, "stopping")
+                seen += [late.text, http.get("/metrics").text]
+                for future in taken:
+                    answer = future.result()
+                    assert answer.status_code == 200
+                    assert answer.content.endswith(b"IEND\xaeB`\x82")  # PNG's end
+            stdout, stderr = server.communicate(timeout=30)
+        finally:
+            server.kill()
+    assert server.returncode == 0
+    assert '"id":"mine"' in seen[1]
+    assert "the worker has *** None" in stderr  # it was given the token, and its print is starred
+    for text in (*seen, stdout, stderr):
+        assert TOKEN not in text
+        assert KEY not in text
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`fluxfire serve` as a process of its own, around a worker without a model."""
+    worker = (sys.executable, "-S", str(TESTS / "stub_worker.py"))
+    code = (
+        f"from fluxfire.serve import process; process.COMMAND = {worker!r}\n"
+        f"from fluxfire.cli import main; main({['serve', *arguments]!r})"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("FLUXFIRE_", "HF_TOKEN"))}
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    env, pipe = own | {"PYTHONPATH": os.pathsep.join(paths)}, subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_model_that_cannot_be_loaded_ends_the_server_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["serve", "--port", "0", "--model", "nowhere"])
+    assert exit.value.code == "fluxfire: the model could not be loaded: OSError: nowhere is no model"
+    assert json.loads(capfd.readouterr().out)["url"].startswith("http://127.0.0.1:")  # nobody else hears it
+
+
+def test_model_is_named_or_made_by_a_function_and_its_class_must_be_known():
+    embedded = model.load("embedded", "cpu", "float32")
+    assert (embedded.name, embedded.side, embedded.takes_picture) == ("fluxfire-embedded", 128, True)
+    with pytest.raises(ArgumentError, match="found a FluxFillPipeline, needed one of FluxPipeline, "):
+        model.load(f"{__name__}:unknown", "cpu", "float32")
+
+
+def unknown() -> Any:
+    return make_pipe(FluxFillPipeline)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FLUXFIRE_MAX_STEPS": "0"}, "max_steps: Input should be greater than 0"),
+        ({"FLUXFIRE_API_KEYS": '[{"name": "ada", "key": "short-secret"}]'}, "api_keys.0.key: "),
+        ({"FLUXFIRE_STORAGE": "s3", "FLUXFIRE_S3_BUCKET": "b"}, "needs FLUXFIRE_S3_ACCESS_KEY_ID"),
+    ],
+)
+def test_wrong_setting_is_named_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["serve"])
+    assert message in str(exit.value.code)
+    assert "short-secret" not in str(exit.value.code)
+
+
+def test_log_has_stars_for_secrets_in_messages_and_tracebacks():
+    try:
+        raise ValueError(f"refused {KEY}")
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "token %s", (TOKEN,), sys.exc_info())
+    line = Redacting((TOKEN, KEY)).format(record)
+    assert "token ***" in line
+    assert "refused ***" in line
+    assert TOKEN not in line
+    assert KEY not in line
+
+
+def test_settings_never_print_a_secret():
+    settings = make_settings(api_keys=[{"name": "ada", "key": KEY}], s3_secret_access_key=KEY)
+    assert KEY not in repr(settings)
+    assert KEY not in settings.model_dump_json()
+    assert KEY in settings.secrets()
