@@ -138,25 +138,28 @@ def family_of(pipe: Any) -> Family:
 
 def wrapped_by(module: torch.nn.Module) -> str | None:
     """What already stands between a caller and the module's own forward, or in its parts, and how it goes; or None."""
-    if module._compiled_call_impl is not None:
-        return "torch's module.compile() or diffusers' compile_repeated_blocks(): load the pipeline anew without it"
     for part in module.modules():
         if hook := vars(part).get("_hf_hook"):
             return f"accelerate's {type(hook).__name__}: pipe.remove_all_hooks(), and fluxfire.apply_offload afterwards"
         if names := list(getattr(vars(part).get("_diffusers_hook"), "hooks", ())):
-            return f"diffusers' hook {', '.join(names)}: load the pipeline anew without it"
+            after = ", and fluxfire.apply_offload afterwards" * (names[0] in GROUP_HOOKS)
+            return f"diffusers' hook {', '.join(names)}: load the pipeline anew without it{after}"
     if "forward" in vars(module) and not is_own(module, "forward"):
         return f"{code_of(vars(module)['forward'])}: take that off"
     return None
 
 
 def compiled_by_others(modules: Iterable[torch.nn.Module]) -> str | None:
-    """Why no step may decide around these modules: somebody's graphs would hold the decision. Or None."""
-    if any(module._compiled_call_impl is not None for module in modules):
-        return (
-            "found blocks compiled by module.compile() or compile_repeated_blocks(), which would pull the decision "
-            "what to compute into the graphs: load the pipeline anew and use fluxfire.apply_compile(pipe) first"
-        )
+    """Why our graphs cannot be made in these modules, and no decision around them: somebody compiled them. Or None."""
+    for module in modules:
+        # torch.compile(module.forward) put in the place of forward leaves this on it, and on what wraps it.
+        forward = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        if module._compiled_call_impl is not None or forward:
+            return (
+                f"found {type(module).__name__} compiled by torch.compile(), module.compile() or "
+                "compile_repeated_blocks(), whose graphs would hold what is put around the blocks: load the pipeline "
+                "anew and use fluxfire.apply_compile(pipe)"
+            )
     return None
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ from typing import Any, Final
 import torch
 
 from fluxfire.aot import Blocks, blocks_of
-from fluxfire.blocks import denoiser_of, family_of, wrapped_by
+from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
 from fluxfire.megacache import check_path
 from fluxfire.patches import Workaround, applying
@@ -43,6 +44,11 @@ from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+COMPILERS: Final = {  # where to get one for the CPU; elsewhere g++
+    "win32": "install Visual Studio's Build Tools, and start from their prompt",
+    "darwin": "xcode-select --install",
+}
 
 # Compiled graphs that all pipelines of a process may have for one kind of block. torch's own limit is 8, and with
 # `fullgraph=True` the ninth raises: two data types at batch 1 and 2 are four already.
@@ -155,12 +161,13 @@ def check_compile(
     denoiser = denoiser_of(pipe)
     if vae and not hasattr(getattr(pipe, "vae", None), "decoder"):
         return f"found no VAE decoder in {type(pipe).__name__}, needed one for vae=True: leave vae out"
-    for module in _targets(pipe, scope, vae):
+    targets = _targets(pipe, scope, vae)
+    if reason := compiled_by_others([denoiser, *targets]):
+        return reason
+    for module in targets:
         if owner := wrapped_by(module):
             return f"found {type(module).__name__} wrapped by {owner}"
-    if denoiser._compiled_call_impl is not None:
-        return f"found {type(denoiser).__name__} wrapped by {wrapped_by(denoiser)}"
-    return _missing_compiler(denoiser) if backend == "inductor" else None
+    return _missing_compiler(next(denoiser.parameters()).device.type) if backend == "inductor" else None
 
 
 def _targets(pipe: Any, scope: str, vae: bool) -> list[torch.nn.Module]:
@@ -172,23 +179,22 @@ def _targets(pipe: Any, scope: str, vae: bool) -> list[torch.nn.Module]:
     return [*targets, pipe.vae.decoder] if vae else targets
 
 
-def _missing_compiler(denoiser: torch.nn.Module) -> str | None:
-    device = next(denoiser.parameters()).device.type
+def _missing_compiler(device: str) -> str | None:
     if device == "cpu" and not torch.accelerator.is_available():  # else it may wait there for its accelerator
         from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
 
         try:
             get_cpp_compiler()
-        except InvalidCxxCompiler:
-            return "found no C++ compiler, needed one to compile for a CPU: install g++ (apt-get install g++) or clang"
-    if device == "cuda":
+        except RuntimeError:
+            how = COMPILERS.get(sys.platform, "install g++ (apt-get install g++) or clang")
+            return f"found no C++ compiler, needed one to compile for a CPU: {how}"
+    if device in ("cuda", "xpu"):
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            return (
-                "found no working Triton, needed to compile for a GPU (compute capability 7.0 on): pip install triton"
-            )
+            how = "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
+            how = "install a ROCm build of torch, which brings it" if torch.version.hip else how
+            return f"found no working Triton, needed to compile for a GPU (compute capability 7.0 on): {how}"
     return None
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, parallel
+from fluxfire.blocks import compiled_by_others, denoiser_of, family_of
 from fluxfire.patches import applying
 from fluxfire.plan import Step
 from fluxfire.run import RunReader, writes
@@ -140,7 +140,7 @@ def check_static_blocks(pipe: Any) -> str | None:
             "model without flow_map: leave static_blocks out"
         )
     blocks = itertools.chain(*family.static_blocks(denoiser))
-    return compiled_by_others((denoiser, *blocks)) or parallel(denoiser)
+    return compiled_by_others((denoiser, *blocks))
 
 
 def apply_static_blocks(pipe: Any) -> Any:
