@@ -37,17 +37,22 @@ def run(pipe: Any, steps: int = 4) -> torch.Tensor:
     return found.cpu()
 
 
+def modules(pipe: Any) -> dict[tuple[str, str], int]:
+    """Every attribute but the scheduler's, whose tables each run makes anew."""
+    return {name: value for name, value in attributes(pipe).items() if name[0] != "scheduler"}
+
+
 @pytest.mark.parametrize("start", ["cpu", "cuda"])
 @pytest.mark.parametrize("knobs", KINDS, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_offload_is_exact_and_leaves_nothing(knobs: dict[str, Any], start: str) -> None:
     pipe = make_pipe(FluxPipeline).to("cuda")
     baseline = run(pipe)
     pipe.to(start)
-    before = attributes(pipe)
+    before = modules(pipe)
     fluxfire.apply_offload(pipe, **knobs)
     assert torch.equal(run(pipe), baseline)
     fluxfire.restore_pipeline(pipe)
-    assert attributes(pipe) == before
+    assert modules(pipe) == before
     fluxfire.apply_cache(pipe, 0)
     fluxfire.apply_offload(pipe, **knobs)
     assert torch.equal(run(pipe), baseline)
@@ -56,7 +61,7 @@ def test_offload_is_exact_and_leaves_nothing(knobs: dict[str, Any], start: str) 
     assert fluxfire.cache_stats(pipe).marks() == "#..."
     fluxfire.restore_pipeline(pipe)
     assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {start}
-    assert attributes(pipe) == before
+    assert modules(pipe) == before
     assert torch.equal(run(pipe.to("cuda")), baseline)
 
 
@@ -66,6 +71,10 @@ def test_offload_after_a_step_of_the_vae(first: str, knobs: dict[str, Any]) -> N
     pipe = make_pipe(FluxPipeline).to("cuda")
     getattr(fluxfire, first)(pipe)
     baseline = run(pipe)
+    if first == "apply_vae_tiling" and knobs.get("use_stream"):
+        with pytest.raises(fluxfire.StepError, match="tiles change it"):
+            fluxfire.apply_offload(pipe, **knobs)
+        return
     fluxfire.apply_offload(pipe, **knobs)
     assert torch.equal(run(pipe), baseline)
 
