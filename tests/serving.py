@@ -88,9 +88,9 @@ def wait_until(true: Any, seconds: float = 60) -> None:
 
 
 def with_tests_on_path() -> dict[str, str]:
-    """The environment in which a worker finds `serve_pipes`."""
+    """The environment in which a worker finds `serve_pipes`, and computes with one thread as the tests do."""
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": "1"}
 
 
 def ask(served: Served, **fields: Any) -> httpx2.Response:

@@ -51,7 +51,8 @@ def test_served_picture_is_the_pipelines_own(served: Served):
     call = demo.call_kwargs() | {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5)}
     own = np.asarray(pipe(prompt=PROMPT, **call).images[0])
     given = open_picture(ask(served, steps=3, seed=5, cache_threshold=0).json()["pictures"][0]["base64"])
-    assert np.array_equal(own, np.asarray(given))
+    # Two processes may sum in another order, and a number between two of the 256 levels may fall to either.
+    assert np.abs(own.astype(int) - np.asarray(given)).max() <= 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(160, 96), (64, 64)])
