@@ -12,7 +12,7 @@ from fluxfire.optimize import RECIPES
 from fluxfire.plan import CONFLICTS, ORDER
 
 CORE = Path(fluxfire.__file__).parent
-FILES = sorted(path for path in CORE.glob("*.py") if path.name != "cli.py")
+FILES = sorted(path for path in CORE.glob("*.py") if path.name not in ("cli.py", "doctor.py"))  # the outer ring
 PARTS = {"errors", "plan", "patches", "blocks", "run", "stats"}  # what steps are made of; the rest are steps
 
 MEGACACHE = {"aot", "graphs", "megacache", "structure"}

@@ -1,6 +1,7 @@
-"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire serve`.
+"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire serve`, `fluxfire doctor`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
+`--format json` means the same for every command: that line, and nothing for people.
 Each command is a function here with its options; its work stands elsewhere and is imported when the command runs.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -22,6 +24,8 @@ except ModuleNotFoundError as error:  # the console script exists without the ex
     raise SystemExit(f"fluxfire: the command line needs {error.name}: pip install 'fluxfire[cli]'") from None
 
 from fluxfire.serve.command import serve
+
+Format = Annotated[Literal["text", "json"], typer.Option("--format", help="json: the line of JSON alone.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(serve)
@@ -54,6 +58,7 @@ def demo(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer blocks.")] = True,
     prompts: Annotated[int, typer.Option(min=1, help="Pictures from text, and as many edits.")] = 6,
+    format: Format = "text",
 ) -> None:
     """Make the same pictures without and with fluxfire, and show what that gains and costs."""
     _need("demo", "rich", "skimage")
@@ -66,7 +71,8 @@ def demo(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check(out, device)
     number_type = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+    width, quiet = None if sys.stderr.isatty() else 120, format == "json"
+    console = Console(stderr=True, highlight=False, width=width, quiet=quiet)
     _quieten_loading()
     with console.status("Loading the embedded model twice"):
         jobs = compare.example_jobs(prompts)
@@ -100,6 +106,7 @@ def bench(
     time_limit: Annotated[float | None, typer.Option(min=1, help="No variant begins after so many seconds.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and the log.")] = Path("benchmarks/results"),
     list_names: Annotated[bool, typer.Option("--list", help="Print workloads and variants, and stop.")] = False,
+    format: Format = "text",
 ) -> None:
     """Measure speed, memory, energy and error beside the peers, at full size with random weights or embedded."""
     _need("bench", "rich")
@@ -130,8 +137,22 @@ def bench(
         for count in workloads.batches(batch)
     ]
     _quieten_loading()
-    files = show.bench_with_bars(all_settings, out, child_limit_s=child_limit, time_limit_s=time_limit)
+    quiet = format == "json"
+    files = show.bench_with_bars(all_settings, out, child_limit_s=child_limit, time_limit_s=time_limit, quiet=quiet)
     print(json.dumps({"files": [str(file) for file in files]}))
+
+
+@app.command()
+def doctor(format: Format = "text") -> None:
+    """Tell what this machine has of what fluxfire needs, what is missing, and what to type for it."""
+    from fluxfire.doctor import as_text, examine
+
+    findings = examine()
+    missing = [finding.what for finding in findings if finding.state == "missing"]
+    if format == "text":
+        print(as_text(findings), file=sys.stderr)
+    print(json.dumps({"ok": not missing, "missing": missing, "findings": [asdict(finding) for finding in findings]}))
+    raise typer.Exit(bool(missing))
 
 
 def _need(extra: str, *modules: str) -> None:

@@ -38,13 +38,13 @@ def print_names() -> None:
 
 
 def bench_with_bars(
-    all_settings: Sequence[Settings], out: Path, *, child_limit_s: float, time_limit_s: float | None
+    all_settings: Sequence[Settings], out: Path, *, child_limit_s: float, time_limit_s: float | None, quiet: bool
 ) -> list[Path]:
-    """Runs everything with a bar on stderr and the table after it; returns the results files, .json and .md."""
+    """Runs everything, unless quiet with a bar on stderr and the table after it; returns the files, .json and .md."""
     log = out / "bench.log"
     command = typed(sys.argv[1:])
     with runner.output_to(log) as stderr, os.fdopen(os.dup(stderr), "w") as terminal:
-        console = Console(file=terminal, highlight=False, width=None if os.isatty(stderr) else 200)
+        console = Console(file=terminal, highlight=False, width=None if os.isatty(stderr) else 200, quiet=quiet)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console, refresh_per_second=2) as progress:
             bar = progress.add_task("", total=sum(len(settings.variants) for settings in all_settings))
