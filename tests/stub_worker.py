@@ -63,6 +63,6 @@ while True:
         time.sleep(1)
     rgb = bytes(3 * shape["width"] * shape["height"])
     done = [(picture["name"], 0, 1) for picture in pictures]
-    seconds = {"prepare": 0.0, "denoise": 0.0, "decode": 0.0}
+    seconds = {"prepare": 0.0, "denoise": 0.0, "previews": 0.0, "decode": 0.0}
     send("done", *[rgb] * len(pictures), pictures=done, seconds=seconds, batch=len(pictures))
     send("idle", recompilations=0)

@@ -38,7 +38,7 @@ def test_inference_gives_pictures_seeds_times_and_cache_counts(served: Served):
         assert open_picture(picture["base64"]).size == (128, 128)
         assert picture["cached_steps"] + picture["computed_steps"] == 6
         assert picture["cached_steps"] > 0
-        assert set(picture["timings_s"]) == {"queue", "prepare", "denoise", "decode", "encode"}
+        assert set(picture["timings_s"]) == {"queue", "prepare", "denoise", "previews", "decode", "encode"}
         assert all(seconds >= 0 for seconds in picture["timings_s"].values())
     assert (answer["model"], answer["steps"], answer["cache_threshold"]) == ("tested", 6, 0.3)
 

@@ -31,6 +31,7 @@ Threshold = Annotated[
 Quality = Annotated[int, Field(ge=1, le=100, description="Of JPEG and WebP.")]
 
 STREAM_PREVIEWS: Final = 3  # as OpenAI
+MAX_PREVIEWS: Final = 10  # each costs a decoding
 
 
 class Ask(BaseModel):
@@ -55,6 +56,8 @@ class Inference(Ask):
     format: Format = "png"
     quality: Quality = 90
     output: Output = Field("base64", description="`bytes`: the answer is the picture itself.")
+    stream: bool = Field(False, description="Answer in server-sent events: place in the queue, steps, pictures.")
+    previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS, description="Pictures on the way, in a stream.")] = 0
 
 
 class Generation(Ask):
@@ -88,10 +91,16 @@ async def order_of_inference(ask: Inference, settings: Settings, facts: Facts) -
     """
     if ask.output == "bytes" and ask.num_images > 1:
         raise invalid("num_images", "found more than 1, and an answer in bytes has one picture")
+    if ask.stream and ask.output == "bytes":
+        raise invalid("output", "a stream carries text: use base64 or url")
+    if ask.previews and not ask.stream:
+        raise invalid("previews", "only a stream has previews: add stream=true")
     data = pictures.from_text(ask.image, "image") if ask.image is not None else None
     checks = _Checks(ask, "num_images", settings, facts)
     shape = checks.shape(ask.num_images, (ask.width, ask.height), data)
-    return await checks.order(shape, data, ask.num_images, (), ask.format, ask.quality, ask.output)
+    previews = _preview_steps(ask.previews, shape.steps)
+    output = ask.format, ask.quality, ask.output
+    return await checks.order(shape, data, ask.num_images, previews, *output, live=ask.stream)
 
 
 async def order_of_generation(ask: Generation, data: bytes | None, settings: Settings, facts: Facts) -> Order:
@@ -151,6 +160,7 @@ class _Checks:
         format: Format,
         quality: int,
         output: Output,
+        live: bool = False,
     ) -> Order:
         """The whole order; the picture is decoded in a thread."""
         reference = None
@@ -168,7 +178,7 @@ class _Checks:
                 )
         first = secrets.randbelow(2**32) if self._ask.seed is None else self._ask.seed
         seeds = tuple(range(first, first + count))
-        return Order(self._ask.prompt, shape, seeds, reference, previews, format, quality, output)
+        return Order(self._ask.prompt, shape, seeds, reference, previews, format, quality, output, live)
 
     def _size(self, sides: tuple[int | None, int | None], data: bytes | None) -> tuple[int, int]:
         """What is asked; else the reference's aspect at the model's own area; else the model's own size."""

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from fluxfire.serve.errors import ServeError, unavailable
-from fluxfire.serve.jobs import Facts, Job, Order, Picture, Pixels
+from fluxfire.serve.jobs import Begun, Event, Facts, Job, Order, Picture, Pixels, Stepped, Waiting
 from fluxfire.serve.metrics import Metrics
 from fluxfire.serve.queue import PictureQueue
 from fluxfire.serve.results import Finisher
@@ -96,6 +96,7 @@ class Engine:
         timer = loop.call_later(self._settings.deadline_s, self._give_up, job, late)
         job.on_end = lambda: self._ended(job, timer)
         self._wanted.set()
+        self._live(job, Waiting(len(self.queue) + len(self._running) - len(order.seeds)))
         self._count()
         return job
 
@@ -104,6 +105,11 @@ class Engine:
         job.followers -= 1
         if job.followers <= 0 and not job.keeps:
             self._give_up(job, ServeError(499, "the client has gone", code="client_gone"))
+
+    def _live(self, job: Job, event: Event) -> None:
+        """Tells a job what only those want to know who look on."""
+        if job.order.live:
+            job.tell(event)
 
     def _give_up(self, job: Job, error: ServeError) -> None:
         """Ends a job before its time, if it has not ended: out of the queue, out of the batch."""
@@ -146,6 +152,10 @@ class Engine:
         self._begun = asyncio.get_running_loop().time()
         self._batch_cost = batch[0].job.order.shape.cost * len(batch)
         self._metrics.batches.observe(len(batch))
+        for picture in batch:
+            self._live(picture.job, Begun(picture.index, len(batch)))
+        for job, ahead in self.queue.places().items():
+            self._live(job, Waiting(ahead + len(batch)))
         self._count()
         orders = {name: picture.job.order for name, picture in self._running.items()}
         pictures = [
@@ -186,6 +196,9 @@ class Engine:
         match message.kind:
             case "step":
                 self._metrics.steps.inc()
+                for name, hit, distance in values["decisions"]:
+                    picture = self._running[name]
+                    self._live(picture.job, Stepped(picture.index, values["step"], hit, distance))
             case "preview":
                 picture = self._running[values["picture"]]
                 pixels = Pixels(values["width"], values["height"], message.blobs[0])

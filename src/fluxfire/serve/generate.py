@@ -8,11 +8,13 @@ pipeline's own call is used; what the server needs to see happens in `callback_o
 - A preview is decoded from the estimate of the end that the last step implies: with latents x at noise level s,
   v = (x - x') / (s - s') and x0 = x - s v, where ' is the step before. It costs one decode of one picture.
 
-Times are seconds: *prepare* until the first denoiser call (text encoders, the reference picture), *denoise*, *decode*.
+Times are seconds: *prepare* until the first denoiser call (text encoders, the reference picture), *denoise*, *previews*
+(which are no part of *denoise*), *decode*.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +53,21 @@ class Output:
     computed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the cache did with one picture in one step."""
+
+    name: str
+    hit: bool | None  # None: there is no cache
+    distance: float | None  # None: nothing to compare with
+
+
 @dataclass(slots=True)
 class Watch:
     """Who looks on: which pictures nobody waits for, and who is told of steps and previews."""
 
     cancelled: Callable[[str], bool] = lambda name: False
-    step: Callable[[int], None] = lambda step: None
+    step: Callable[[int, list[Decision]], None] = lambda step, decisions: None
     preview: Callable[[str, int, Pixels], None] = lambda name, number, pixels: None
 
 
@@ -82,7 +93,8 @@ def generate(
     decoded = _now(model)
     seconds = {
         "prepare": run.first - run.begin,
-        "denoise": run.last - run.first,
+        "denoise": run.last - run.first - run.previews_s,
+        "previews": run.previews_s,
         "decode": decoded - run.last,
     }
     outputs = [
@@ -144,6 +156,7 @@ class _Run:
     begin: float = field(default_factory=time.monotonic)
     first: float = 0.0
     last: float = 0.0
+    previews_s: float = 0.0
     before: torch.Tensor | None = None  # the latents after the step before, (B, N, C)
 
     def on_denoiser(self, *_: object) -> None:
@@ -151,7 +164,7 @@ class _Run:
             self.first = _now(self.model)
 
     def on_step(self, pipe: Any, step: int, timestep: object, kwargs: dict[str, Any]) -> dict[str, Any]:
-        self.watch.step(step)
+        self.watch.step(step, self._decisions())
         waiting = [row for row, sample in enumerate(self.left) if not self.watch.cancelled(sample.name)]
         if not waiting:
             raise Cancelled
@@ -166,10 +179,20 @@ class _Run:
                 return {"latents": latents[waiting]}
         return {}
 
+    def _decisions(self) -> list[Decision]:
+        if self.shape.cache_threshold is None:
+            return [Decision(sample.name, None, None) for sample in self.left]
+        call = fluxfire.cache_stats(self.model.pipe).last_run[-1]
+        return [
+            Decision(sample.name, hit, distance if math.isfinite(distance) else None)
+            for sample, hit, distance in zip(self.left, call.hits, call.distances, strict=True)
+        ]
+
     def _previews(self, pipe: Any, step: int, latents: torch.Tensor) -> None:
         rows = [row for row, sample in enumerate(self.left) if step in sample.previews]
         if not rows or self.before is None:
             return
+        begin = _now(self.model)
         index = pipe.scheduler.step_index
         noise, noise_before = pipe.scheduler.sigmas[index], pipe.scheduler.sigmas[index - 1]
         velocity = (latents - self.before) / (noise - noise_before)
@@ -177,6 +200,7 @@ class _Run:
         for row, image in zip(rows, _decode(pipe, self.shape, end), strict=True):
             sample = self.left[row]
             self.watch.preview(sample.name, sample.previews.index(step), _pixels(image))
+        self.previews_s += _now(self.model) - begin
 
 
 def _decode(pipe: Any, shape: Shape, latents: torch.Tensor) -> list[Image.Image]:

@@ -1,7 +1,8 @@
 """What is made, as plain values: a `Job` is one request, and its `Picture`s are what batches are made of.
 
-A job collects *events*: previews, pictures, and an end. Any number of requests may follow it (those that repeat an
-`Idempotency-Key`), each from the first event on; the server forgets it when nobody can ask for it any more.
+A job collects *events*: previews, pictures, an end; for a `live` order also its place in the queue and its steps. Any
+number of requests may follow it (those that repeat an `Idempotency-Key`), each from the first event on; the server
+forgets it when nobody can ask for it any more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fluxfire.serve.errors import ServeError
 
 Format = Literal["png", "jpeg", "webp"]
 Output = Literal["base64", "url", "bytes"]
-STAGES: Final = ("queue", "prepare", "denoise", "decode", "encode")  # in the order in which a picture passes them
+STAGES: Final = ("queue", "prepare", "denoise", "previews", "decode", "encode")  # as a picture passes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Facts:
     device: str
     pixels_at_once: int | None  # most pixels of one batch that fit into the GPU's memory; None: no limit known
     seconds_per_cost: float  # measured while warming up, until requests are measured
+    styles: tuple[str, ...] = ()  # words for the page to offer
+    examples: tuple[str, ...] = ()  # prompts for the page to offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +81,37 @@ class Order:
     format: Format
     quality: int  # of JPEG and WebP, 1 to 100
     output: Output
+    live: bool = False  # whether each step is told
 
     @property
     def cost(self) -> int:
         """In pixels x steps."""
         return self.shape.cost * len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The job's first picture waits."""
+
+    ahead: int  # pictures that wait before it or are being made
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A picture's batch has begun."""
+
+    index: int  # which picture of the job
+    batch: int  # how many pictures are made with it
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A denoising step of a picture is done."""
+
+    index: int
+    step: int  # from 0
+    hit: bool | None  # whether the cache skipped it; None: there is no cache
+    distance: float | None  # to the last computed step; None: nothing to compare with
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +136,7 @@ class Made:
     seconds: dict[str, float]  # by stage
 
 
-Event = Preview | Made
+Event = Waiting | Begun | Stepped | Preview | Made
 
 
 @dataclass(slots=True, eq=False)

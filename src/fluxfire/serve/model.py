@@ -17,6 +17,10 @@ from fluxfire import ArgumentError, demo
 # Classes whose call the server knows, and whether it takes a picture to edit.
 CLASSES: Final = {"FluxPipeline": False, "FluxKontextPipeline": True}
 
+# What the page offers: prompts that a model draws well; the embedded one knows words for emoji and nothing else.
+EXAMPLES: Final = ("a lighthouse in a storm", "a fox reading under a lamp", "a street market after rain")
+EMBEDDED_EXAMPLES: Final = ("octopus", "sailboat", "pineapple", "circus tent", "frog", "cupcake")
+
 
 @dataclass(slots=True)
 class Model:
@@ -29,6 +33,8 @@ class Model:
     guidance: float = 3.5
     text_tokens: int = 512
     call: dict[str, Any] = field(default_factory=dict)  # arguments of every call
+    styles: tuple[str, ...] = ("photograph", "watercolour", "oil painting", "pencil drawing", "pixel art", "3D render")
+    examples: tuple[str, ...] = EXAMPLES
 
     @property
     def takes_picture(self) -> bool:
@@ -72,4 +78,13 @@ def load(name: str, device: str, dtype: str) -> Model:
 def _embedded(dtype: torch.dtype) -> Model:
     call = demo.call_kwargs()
     guidance, tokens = call["guidance_scale"], call["max_sequence_length"]
-    return Model(demo.load_pipeline(dtype=dtype), "fluxfire-embedded", demo.SIZE, 28, guidance, tokens)
+    return Model(
+        demo.load_pipeline(dtype=dtype),
+        "fluxfire-embedded",
+        demo.SIZE,
+        28,
+        guidance,
+        tokens,
+        styles=demo.STYLES,
+        examples=EMBEDDED_EXAMPLES,
+    )

@@ -8,22 +8,20 @@ denoiser saw: its text tokens, and a token for 16 x 16 pixels of picture.
 from __future__ import annotations
 
 import base64
-import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from fluxfire.serve.asks import Generation, order_of_generation
-from fluxfire.serve.desk import ClientGone, Desk
+from fluxfire.serve.desk import Desk
 from fluxfire.serve.errors import ServeError, invalid
-from fluxfire.serve.jobs import Event, Facts, Job, Made
+from fluxfire.serve.jobs import Event, Facts, Job, Made, Preview
+from fluxfire.serve.stream import Told, stream
 
 router = APIRouter(prefix="/v1")
 
@@ -93,7 +91,7 @@ async def _answer(ask: Generation, data: bytes | None, request: Request, kind: s
     order = order_of_generation(ask, data, desk.settings, desk.facts)
     job = await desk.take(request, (ask.model_dump_json().encode(), data or b""), order)
     if ask.stream:
-        return StreamingResponse(_stream(desk, job, request, kind), media_type="text/event-stream")
+        return stream(desk, job, request, lambda event: _event(event, job, desk.facts, kind))
     made = await desk.pictures(job, request)
     pictures = [{"url": desk.url(one, request)} if one.url else {"b64_json": _text(one)} for one in made]
     return JSONResponse(
@@ -109,21 +107,12 @@ async def _answer(ask: Generation, data: bytes | None, request: Request, kind: s
     )
 
 
-async def _stream(desk: Desk, job: Job, request: Request, kind: str) -> AsyncIterator[bytes]:
-    """Server-sent events: previews and pictures as they come; what fails is an event, since the status is sent."""
-    try:
-        async with aclosing(desk.follow(job, request)) as events:
-            async for event in events:
-                name, values = _event(event, job, desk.facts, kind)
-                yield _sse(name, {"type": name} | values)
-    except ServeError as error:
-        yield _sse("error", error.body())
-    except ClientGone:
-        return
-
-
-def _event(event: Event, job: Job, facts: Facts, kind: str) -> tuple[str, dict[str, Any]]:
+def _event(event: Event, job: Job, facts: Facts, kind: str) -> Told | None:
+    if not isinstance(event, Preview | Made):
+        return None
+    name = f"{kind}.completed" if isinstance(event, Made) else f"{kind}.partial_image"
     values: dict[str, Any] = {
+        "type": name,
         "b64_json": _text(event),
         "background": "opaque",
         "created_at": int(time.time()),
@@ -132,15 +121,11 @@ def _event(event: Event, job: Job, facts: Facts, kind: str) -> tuple[str, dict[s
         "size": _size(job),
     }
     if isinstance(event, Made):
-        return f"{kind}.completed", values | {"seed": event.seed, "usage": _usage(job, facts, 1)}
-    return f"{kind}.partial_image", values | {"partial_image_index": event.number}
+        return name, values | {"seed": event.seed, "usage": _usage(job, facts, 1)}
+    return name, values | {"partial_image_index": event.number}
 
 
-def _sse(name: str, values: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(values)}\n\n".encode()
-
-
-def _text(event: Event) -> str:
+def _text(event: Preview | Made) -> str:
     return base64.b64encode(event.data).decode()
 
 

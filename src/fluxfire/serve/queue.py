@@ -89,6 +89,13 @@ class PictureQueue:
             self._drop(picture)
         return batch
 
+    def places(self) -> dict[Job, int]:
+        """For each job that waits, how many pictures wait before its first."""
+        places: dict[Job, int] = {}
+        for ahead, picture in enumerate(self._waiting):
+            places.setdefault(picture.job, ahead)
+        return places
+
     def remove(self, job: Job) -> None:
         """Takes out what still waits of a job."""
         for picture in [picture for picture in self._waiting if picture.job is job]:

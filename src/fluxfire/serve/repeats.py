@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from fluxfire.serve.errors import ServeError
-from fluxfire.serve.jobs import Job
+from fluxfire.serve.jobs import Job, Made, Preview
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +67,4 @@ def fingerprint(*parts: bytes) -> bytes:
 
 
 def _bytes(job: Job) -> int:
-    return sum(len(event.data) for event in job.events)
+    return sum(len(event.data) for event in job.events if isinstance(event, Preview | Made))

@@ -90,6 +90,8 @@ class Worker:
             device=str(model.pipe.device),
             pixels_at_once=self._fitting(bytes_per_pixel),
             seconds_per_cost=seconds_per_cost,
+            styles=model.styles,
+            examples=model.examples,
         )
 
     def _warm_up(self, shape: Shape, batch: int) -> None:
@@ -133,7 +135,9 @@ class Worker:
         shape, samples = _read_run(message)
         watch = Watch(
             cancelled=self._cancelled.__contains__,
-            step=lambda step: self._send("step", step=step),
+            step=lambda step, decisions: self._send(
+                "step", step=step, decisions=[dataclasses.astuple(decision) for decision in decisions]
+            ),
             preview=lambda name, number, pixels: self._send(
                 "preview", pixels.rgb, picture=name, number=number, width=pixels.width, height=pixels.height
             ),

@@ -1,0 +1,54 @@
+"""Server-sent events: what happens to a job, as it happens.
+
+The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from fluxfire.serve.desk import ClientGone, Desk
+from fluxfire.serve.errors import ServeError
+from fluxfire.serve.jobs import Event, Job
+
+Told = tuple[str, dict[str, Any]]  # an event's name and values
+
+
+def stream(
+    desk: Desk, job: Job, request: Request, tell: Callable[[Event], Told | None], *first: Told
+) -> StreamingResponse:
+    """The answer that carries a job's events.
+
+    Args:
+        desk: where the job is followed.
+        job: gets given up when the client goes.
+        request: of the client.
+        tell: an event as it is sent; None: it is not.
+        first: what is sent before anything happens.
+    """
+
+    async def body() -> AsyncIterator[bytes]:
+        for told in first:
+            yield _packed(*told)
+        try:
+            async with aclosing(desk.follow(job, request)) as events:
+                async for event in events:
+                    if news := tell(event):
+                        yield _packed(*news)
+        except ServeError as error:  # the status is sent already
+            yield _packed("error", error.body())
+        except ClientGone:
+            return
+
+    # A proxy that gathers answers before it passes them on (nginx) would gather this one too.
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+def _packed(name: str, values: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(values)}\n\n".encode()
