@@ -61,10 +61,13 @@ def answers(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free, and those 10,000 above them too: the server takes these for itself."""
+    """Ports that are free, and those 10,000 above them too, which the server takes for itself.
+
+    All are below those from which Linux gives ports to connections, which could take one in the meantime.
+    """
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 30_000)
+        port = random.randrange(12_000, 22_000)
         with ExitStack() as both:
             try:
                 for each in (port, port + 10_000):
@@ -77,18 +80,19 @@ def free_ports(count: int) -> list[int]:
 
 
 class FaultyProxy:
-    """Hands connections on to a port; the next ones as `faults` says: "reset", "unavailable", "late"."""
+    """Hands connections on to a port; the next ones as `faults` says: "reset", "unavailable" or "late" (`in_time`)."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self.faults: list[str] = []
-        self.connections = 0
+        self.in_time = threading.Event()  # until then a late connection gets no answer; once set, it is handed on
         self.heads: list[bytes] = []  # the first bytes of each connection that was handed on
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        self.in_time.set()
         self._listening.close()
 
     def _accept(self) -> None:
@@ -97,7 +101,6 @@ class FaultyProxy:
                 client, _ = self._listening.accept()
             except OSError:
                 return
-            self.connections += 1
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
@@ -108,9 +111,7 @@ class FaultyProxy:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             elif fault == "unavailable":
                 client.sendall(UNAVAILABLE)
-            elif fault == "late":
-                time.sleep(3)
-            else:
+            elif fault != "late" or self.in_time.wait(60):
                 self.heads.append(head)
                 with closing(socket.create_connection(("127.0.0.1", self._port))) as server:
                     server.sendall(head)

@@ -1,6 +1,7 @@
 """Pipelines that the server's tests serve: the embedded one, with a log of what it does and faults on request.
 
 Nothing of it is replaced: hooks of torch look on, and raise what a GPU, a driver or a bug would, when a prompt says so.
+A prompt that says "held" or "kept" stays in its present denoising step while there is such a file in FLUXTEST_GATES.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fluxfire.serve.model import Model
 
 def make() -> Model:
     """The embedded model; FLUXTEST_LOG names a file that gets a line for each denoiser call and each decoding."""
+    gates = os.environ["FLUXTEST_GATES"]
     pipe = demo.load_pipeline()
     now: dict[str, Any] = {"prompts": []}
     encode_prompt = pipe.encode_prompt
@@ -37,8 +39,8 @@ def make() -> Model:
 
     def before_denoiser(*_: Any) -> None:
         log("step")
-        if says("slow"):
-            time.sleep(0.1)
+        while any(says(word) and os.path.exists(f"{gates}/{word}") for word in ("held", "kept")):
+            time.sleep(0.01)
         if says("hang"):
             time.sleep(3600)
         if says("die"):

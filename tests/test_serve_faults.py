@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import httpx2
 import pytest
 from conftest import make_pipe
 from diffusers import FluxFillPipeline
-from serving import TESTS, Served, ask, lines, make_settings, metric, wait_until
+from serving import TESTS, WAIT_S, Served, ask, lines, make_settings, metric, wait_until
 
 from fluxfire import ArgumentError, cli
 from fluxfire.serve import model, process
@@ -59,59 +58,67 @@ def test_bug_is_500_without_a_word_of_it_and_the_next_request_works(served: Serv
 def test_deadline_covers_queue_and_run_and_the_expired_never_start(
     served: Served, serve_log: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    short = served.engine._settings.model_copy(update={"deadline_s": 0.4})
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(ask, served, prompt="slow but in time", steps=12, **SMALL)
-        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
+    short = served.engine._settings.model_copy(update={"deadline_s": 0.3})
+    with served.held() as running:
         monkeypatch.setattr(served.engine, "_settings", short)
         expired = ask(served, prompt="expired", steps=99, **SMALL)
         assert (expired.status_code, expired.json()["error"]["code"]) == (504, "deadline_exceeded")
-        assert running.result().status_code == 200
-        late = ask(served, prompt="slow late", steps=100, **SMALL)
+    assert running.result().status_code == 200  # it has the deadline of the time when it came
+    with served.shut():
+        late = ask(served, prompt="held late", steps=100, **SMALL)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
     monkeypatch.undo()
     assert ask(served, **SMALL).status_code == 200
-    assert len(lines(serve_log, "step slow late")) < 20
+    assert len(lines(serve_log, "step held late")) <= 2
+    assert not lines(serve_log, "decode held late")
     assert not lines(serve_log, "step expired")
-
-
-def test_killed_worker_is_replaced_and_only_its_batch_is_lost(served: Served):
-    with ThreadPoolExecutor(2) as pool:
-        lost = pool.submit(ask, served, prompt="slow lost", steps=100, **SMALL)
-        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
-        waiting = pool.submit(ask, served, prompt="waits", width=32, height=32)
-        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
-        os.kill(served.engine.supervisor.worker.pid, signal.SIGKILL)
-        killed = time.monotonic()
-        answer = lost.result()
-        assert time.monotonic() - killed < 2
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_died")
-        assert answer.headers["retry-after"] == "1"
-        assert served.http.get("/readyz").status_code == 503
-        assert served.http.get("/livez").status_code == 200
-        assert waiting.result().status_code == 200  # by the new worker
-    assert served.http.get("/readyz").status_code == 200
-    assert metric(served, "fluxfire_worker_restarts_total") == 1
 
 
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
-    served = Served(make_settings(storage_dir=tmp_path, silence_s=0.5))
+    served = Served(make_settings(storage_dir=tmp_path))
     wait_until(lambda: served.http.get("/readyz").status_code == 200)
     yield served
     served.stop()
 
 
-def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served):
+def test_killed_worker_is_replaced_and_only_its_batch_is_lost(stubbed: Served):
+    with ThreadPoolExecutor(1) as pool:
+        with stubbed.held() as lost:
+            waiting = pool.submit(stubbed.http.post, "/inference", json={"prompt": "waits", "width": 32})
+            wait_until(lambda: metric(stubbed, "fluxfire_queue_pictures") == 1)
+            killed = stubbed.engine.supervisor.worker.pid
+            os.kill(killed, signal.SIGKILL)
+            answer = lost.result()  # although the gate is shut
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_died")
+            assert answer.headers["retry-after"] == "1"
+            assert stubbed.http.get("/livez").status_code == 200
+        assert waiting.result().status_code == 200  # by the new worker
+    assert stubbed.engine.supervisor.worker.pid != killed
+    assert stubbed.http.get("/readyz").status_code == 200
+    assert metric(stubbed, "fluxfire_worker_restarts_total") == 1
+
+
+def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served, monkeypatch: pytest.MonkeyPatch):
     for fault in ("die", "hang", "half", "nonsense") * 3:
         before = stubbed.engine.supervisor.worker.pid
-        answer = stubbed.http.post("/inference", json={"prompt": fault})
+        with monkeypatch.context() as patch:
+            if fault == "hang":
+                patch.setattr(stubbed.engine.supervisor, "_silence_s", 0.2)
+            answer = stubbed.http.post("/inference", json={"prompt": fault})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_died"), fault
         wait_until(lambda: stubbed.http.get("/readyz").status_code == 200)
         assert stubbed.engine.supervisor.worker.pid != before
         assert stubbed.http.post("/inference", json={"prompt": "well"}).status_code == 200
     assert len(os.listdir("/proc/self/fd")) < 100
+
+
+def test_not_ready_while_a_new_worker_warms_up(stubbed: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", "import time; time.sleep(3600)"))
+    os.kill(stubbed.engine.supervisor.worker.pid, signal.SIGKILL)
+    wait_until(lambda: stubbed.http.get("/readyz").status_code == 503)
+    assert stubbed.http.get("/readyz").json()["error"]["code"] == "not_ready"
 
 
 def test_picture_to_a_model_of_text_alone_and_a_threshold_without_cache_are_refused(stubbed: Served):
@@ -154,16 +161,18 @@ def test_sigterm_makes_it_not_ready_at_once_and_all_that_was_taken_ends_whole(tm
     """Also: `.env` is read, its secrets are told to the worker that needs them and to nobody else."""
     keys = json.dumps([{"name": "ada", "key": KEY}])
     (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\nFLUXFIRE_API_KEYS={keys}\nFLUXFIRE_S3_SECRET_ACCESS_KEY={KEY}\n")
+    gate = tmp_path / "held"
+    gate.touch()
     with start(tmp_path, "--name", "mine", "--port", "0") as server:
         try:
             url = json.loads(server.stdout.readline())["url"]
             with (
-                httpx2.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {KEY}"}) as http,
+                httpx2.Client(base_url=url, timeout=WAIT_S, headers={"Authorization": f"Bearer {KEY}"}) as http,
                 ThreadPoolExecutor(2) as pool,
             ):
                 wait_until(lambda: http.get("/readyz").status_code == 200)
                 seen = [http.get("/openapi.json").text, http.get("/v1/models").text]
-                fields = {"prompt": "slow", "output": "bytes"}
+                fields = {"prompt": "held", "output": "bytes"}
                 taken = []
                 for gauge in ("running", "queue"):
                     taken.append(pool.submit(http.post, "/inference", json=fields | {"seed": len(taken)}))
@@ -173,11 +182,12 @@ def test_sigterm_makes_it_not_ready_at_once_and_all_that_was_taken_ends_whole(tm
                 late = http.post("/inference", json=fields)
                 assert (late.status_code, late.json()["error"]["code"]) == (503, "stopping")
                 seen += [late.text, http.get("/metrics").text]
+                gate.unlink()
                 for future in taken:
                     answer = future.result()
                     assert answer.status_code == 200
                     assert answer.content.endswith(b"IEND\xaeB`\x82")  # PNG's end
-            stdout, stderr = server.communicate(timeout=30)
+            stdout, stderr = server.communicate(timeout=WAIT_S)
         finally:
             server.kill()
     assert server.returncode == 0
@@ -197,7 +207,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
     own = {name: value for name, value in os.environ.items() if not name.startswith(("FLUXFIRE_", "HF_TOKEN"))}
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    env, pipe = own | {"PYTHONPATH": os.pathsep.join(paths)}, subprocess.PIPE
+    env, pipe = own | {"PYTHONPATH": os.pathsep.join(paths), "FLUXTEST_GATES": str(folder)}, subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import io
 import json
@@ -94,7 +95,8 @@ def send_endlessly(http: httpx2.Client, header: dict[str, str]) -> tuple[int, in
             try:
                 answer = connection.recv(64)
             except TimeoutError:
-                sent += connection.send(chunk)
+                with contextlib.suppress(OSError):  # no room, or closed after an answer that is there to be read
+                    sent += connection.send(chunk)
         return int(answer.split()[1]), sent
 
 

@@ -33,7 +33,7 @@ def create_app(settings: Settings, cannot_start: Callable[[str], None] = log.err
     """
     metrics = Metrics()
     keeper = Keeper(settings, metrics)
-    engine = Engine(settings, metrics, Finisher(keeper), cannot_start)
+    engine = Engine(settings, metrics, Finisher(keeper, metrics), cannot_start)
     desk = Desk(settings, engine, keeper, metrics)
 
     @asynccontextmanager

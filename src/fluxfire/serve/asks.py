@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +35,9 @@ Quality = Annotated[int, Field(ge=1, le=100, description="Of JPEG and WebP.")]
 
 STREAM_PREVIEWS: Final = 3  # as OpenAI
 MAX_PREVIEWS: Final = 10  # each costs a decoding
+DECODING: Final = ThreadPoolExecutor(
+    2, "decode"
+)  # so few: a file of some kB may be a picture of 200 MB, whoever sends it
 
 
 class Ask(BaseModel):
@@ -165,17 +171,10 @@ class _Checks:
         """The whole order; the picture is decoded in a thread."""
         reference = None
         if data is not None:
-            image = await asyncio.to_thread(pictures.decode, data, "image", self._settings.max_input_pixels)
-            reference = await asyncio.to_thread(pictures.fit, image, shape.width * shape.height, self._facts.multiple)
-            if (reference.width, reference.height) != shape.reference:  # turned upright by its EXIF
-                shape = Shape(
-                    shape.width,
-                    shape.height,
-                    shape.steps,
-                    shape.guidance,
-                    shape.cache_threshold,
-                    (reference.width, reference.height),
-                )
+            most, area = self._settings.max_input_pixels, shape.width * shape.height
+            work = partial(pictures.reference, data, "image", most, area, self._facts.multiple)
+            reference = await asyncio.get_running_loop().run_in_executor(DECODING, work)
+            shape = replace(shape, reference=(reference.width, reference.height))  # its EXIF may have turned it
         first = secrets.randbelow(2**32) if self._ask.seed is None else self._ask.seed
         seeds = tuple(range(first, first + count))
         return Order(self._ask.prompt, shape, seeds, reference, previews, format, quality, output, live)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
 
@@ -103,7 +103,8 @@ class Engine:
     def release(self, job: Job) -> None:
         """One who followed the job has gone; when nobody is left it is given up, unless its client comes back."""
         job.followers -= 1
-        if job.followers <= 0 and not job.keeps:
+        if job.followers <= 0 and not job.keeps and not job.ended:
+            self._metrics.rejections.labels("client_gone").inc()  # other errors are counted where they are answered
             self._give_up(job, ServeError(499, "the client has gone", code="client_gone"))
 
     def _live(self, job: Job, event: Event) -> None:
@@ -124,8 +125,7 @@ class Engine:
         timer.cancel()
         self.queue.remove(job)
         self._jobs.discard(job)
-        if job.error:
-            self._metrics.rejections.labels(job.error.code).inc()
+        job.order = replace(job.order, reference=None)  # megabytes, and a job that may be repeated is kept
         self._count()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -217,18 +217,12 @@ class Engine:
         seconds: dict[str, float] = message.values["seconds"]
         whole = asyncio.get_running_loop().time() - self._begun
         self.queue.pace.add(self._batch_cost, whole)
-        for stage, value in seconds.items():
-            self._metrics.stages.labels(stage).observe(value)
         for (name, hits, computed), rgb in zip(message.values["pictures"], message.blobs, strict=True):
             picture = self._running[name]
             order = picture.job.order
-            waited = {"queue": self._begun - picture.job.queued_at}
-            self._metrics.stages.labels("queue").observe(waited["queue"])
-            self._metrics.pictures.inc()
-            self._metrics.hits.inc(hits)
-            self._metrics.computed.inc(computed)
+            self._metrics.count_calls(hits, computed)
             pixels = Pixels(order.shape.width, order.shape.height, rgb)
-            counts, stages = (hits, computed), waited | seconds
+            counts, stages = (hits, computed), {"queue": self._begun - picture.job.queued_at} | seconds
             self._after(picture, partial(self._finisher.picture, picture.job, picture.index, pixels, counts, stages))
 
     def _failed(self, names: list[str], error: str) -> None:

@@ -12,6 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self._calls = self._hits = 0
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"fluxfire_{name}", text, registry=registry)
@@ -28,10 +29,11 @@ class Metrics:
         self.gpu_total = gauge("gpu_total_bytes", "GPU memory there is")
         self.requests = counter("requests", "Requests answered", "route", "status")
         self.rejections = counter("rejections", "Requests refused or failed, by the error's code", "code")
-        self.pictures = counter("pictures", "Pictures finished")
+        self.pictures = counter("pictures", "Pictures finished, encoded and kept")
         self.steps = counter("denoising_steps", "Denoising steps of batches")
         self.hits = counter("cache_hits", "Denoiser calls that the cache skipped, in samples")
         self.computed = counter("cache_computed", "Denoiser calls that were computed, in samples")
+        self.hit_rate = gauge("cache_hit_rate", "Of all denoiser calls of pictures, the part that the cache skipped")
         self.restarts = counter("worker_restarts", "Workers started in the place of one that died")
         self.storage_failures = counter("storage_failures", "Pictures that could not be kept where they should be")
         self.stages = Histogram(
@@ -44,6 +46,14 @@ class Metrics:
         self.batches = Histogram(
             "fluxfire_batch_pictures", "Pictures in a batch", buckets=(1, 2, 3, 4, 6, 8, 16), registry=registry
         )
+
+    def count_calls(self, hits: int, computed: int) -> None:
+        """Adds a picture's denoiser calls."""
+        self.hits.inc(hits)
+        self.computed.inc(computed)
+        self._calls += hits + computed
+        self._hits += hits
+        self.hit_rate.set(self._hits / max(1, self._calls))
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""

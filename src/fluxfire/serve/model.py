@@ -2,6 +2,7 @@
 
 A model is named in one of three ways: `embedded`; a folder or a repository of the Hugging Face Hub, for
 `from_pretrained`; or `module:function`, whose function makes the pipeline, for everything else (LoRAs, quantization).
+A pipeline that the function has optimized is served as it is; any other is optimized as the settings say.
 """
 
 from __future__ import annotations

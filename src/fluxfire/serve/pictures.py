@@ -101,8 +101,13 @@ def fitted(size: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
     return width, height
 
 
-def fit(image: Image.Image, area: int, multiple: int) -> Pixels:
-    """The picture scaled to its `fitted` size."""
+def reference(data: bytes, param: str, max_pixels: int, area: int, multiple: int) -> Pixels:
+    """The picture decoded and scaled to its `fitted` size.
+
+    Raises:
+        ServeError: as `decode`.
+    """
+    image = decode(data, param, max_pixels)
     size = fitted(image.size, area, multiple)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)

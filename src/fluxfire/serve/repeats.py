@@ -37,7 +37,7 @@ class Repeats:
         """
         self._forget()
         kept = self._kept.get((owner, key))
-        if kept is None or kept.job.error:
+        if kept is None:
             return None
         if kept.fingerprint != fingerprint:
             message = "this Idempotency-Key was used for another request: use a new one"
@@ -53,7 +53,7 @@ class Repeats:
         now, held = time.monotonic(), sum(_bytes(kept.job) for kept in self._kept.values())
         for name, kept in list(self._kept.items()):
             expired = now - kept.since > self._seconds
-            if kept.job.ended and (expired or held > self._most_bytes):
+            if kept.job.ended and (expired or kept.job.error or held > self._most_bytes):
                 held -= _bytes(kept.job)
                 del self._kept[name]
 
@@ -67,4 +67,5 @@ def fingerprint(*parts: bytes) -> bytes:
 
 
 def _bytes(job: Job) -> int:
-    return sum(len(event.data) for event in job.events if isinstance(event, Preview | Made))
+    sizes = (len(event.data) if isinstance(event, Preview | Made) else 100 for event in job.events)
+    return 1000 + len(job.order.prompt) + sum(sizes)

@@ -7,14 +7,15 @@ import time
 
 from fluxfire.serve import pictures
 from fluxfire.serve.jobs import Job, Made, Pixels, Preview
+from fluxfire.serve.metrics import Metrics
 from fluxfire.serve.storage import Keeper
 
 
 class Finisher:
     """Encodes and keeps pictures while the worker is at the next batch."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+    def __init__(self, keeper: Keeper, metrics: Metrics) -> None:
+        self._keeper, self._metrics = keeper, metrics
 
     async def preview(self, job: Job, index: int, number: int, pixels: Pixels) -> None:
         """Tells the job of a preview."""
@@ -40,4 +41,7 @@ class Finisher:
         data = await asyncio.to_thread(pictures.encode, pixels, job.order.format, job.order.quality)
         url = await self._keeper.keep(data, job.order.format) if job.order.output == "url" else None
         seconds["encode"] = time.monotonic() - begin
+        self._metrics.pictures.inc()
+        for stage, value in seconds.items():
+            self._metrics.stages.labels(stage).observe(value)
         job.tell(Made(index, job.order.seeds[index], data, url, *counts, seconds))

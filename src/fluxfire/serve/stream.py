@@ -42,6 +42,7 @@ def stream(
                     if news := tell(event):
                         yield _packed(*news)
         except ServeError as error:  # the status is sent already
+            desk.metrics.rejections.labels(error.code).inc()
             yield _packed("error", error.body())
         except ClientGone:
             return

@@ -61,8 +61,12 @@ class Worker:
     def _load(self) -> Model:
         options = self._options
         model = load(options["model"], options["device"], options["dtype"])
-        fluxfire.optimize_pipeline(model.pipe, cache_threshold=options["cache_threshold"], compile=options["compile"])
-        print(fluxfire.report(model.pipe), file=sys.stderr)
+        try:
+            report = fluxfire.report(model.pipe)  # optimized already, by a function that knows better
+        except fluxfire.NotOptimizedError:
+            threshold, compile = options["cache_threshold"], options["compile"]
+            report = fluxfire.report(fluxfire.optimize_pipeline(model.pipe, cache_threshold=threshold, compile=compile))
+        print(report, file=sys.stderr)
         return model
 
     def _warm(self) -> Facts:
