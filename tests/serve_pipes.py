@@ -20,7 +20,7 @@ def make() -> Model:
     """The embedded model; FLUXTEST_LOG names a file that gets a line for each denoiser call and each decoding."""
     gates = os.environ["FLUXTEST_GATES"]
     pipe = demo.load_pipeline()
-    now: dict[str, Any] = {"prompts": []}
+    now: dict[str, Any] = {"prompts": [], "tokens": 0}
     encode_prompt = pipe.encode_prompt
 
     def encode(*args: Any, **kwargs: Any) -> Any:
@@ -35,9 +35,10 @@ def make() -> Model:
     def log(line: str) -> None:
         if path := os.environ.get("FLUXTEST_LOG"):
             with open(path, "a", encoding="utf-8") as file:
-                file.write(f"{line} {'|'.join(now['prompts'])}\n")
+                file.write(f"{line} {'|'.join(now['prompts'])} {now['tokens']}\n")
 
-    def before_denoiser(*_: Any) -> None:
+    def before_denoiser(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        now["tokens"] = kwargs["hidden_states"].shape[1]
         log("step")
         while any(says(word) and os.path.exists(f"{gates}/{word}") for word in ("held", "kept")):
             time.sleep(0.01)
@@ -55,7 +56,7 @@ def make() -> Model:
         if says("tiles") and not pipe.vae.use_tiling:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    pipe.transformer.register_forward_pre_hook(before_denoiser)
+    pipe.transformer.register_forward_pre_hook(before_denoiser, with_kwargs=True)
     pipe.vae.decoder.register_forward_pre_hook(before_decoder)
     call = demo.call_kwargs()
     return Model(pipe, "tested", demo.SIZE, 4, call["guidance_scale"], call["max_sequence_length"])

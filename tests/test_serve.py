@@ -45,6 +45,11 @@ def test_alive_and_not_ready_until_the_worker_is_warm(served: Served):
     assert served.http.get("/readyz").json() == {"status": "ready"}
 
 
+def test_sizes_that_are_given_are_warmed_with_a_reference_and_without(served: Served, serve_log: Path):
+    assert served.engine._settings.warm_sizes == ((48, 32),)
+    assert {line.split()[-1] for line in lines(serve_log, "step a|a|a|a ")} == {"6", "12"}  # tokens of 16 x 16 pixels
+
+
 def test_inference_gives_pictures_seeds_times_and_cache_counts(served: Served):
     answer = ask(served, num_images=2, seed=7, steps=6, cache_threshold=0.3).json()
     assert [picture["seed"] for picture in answer["pictures"]] == [7, 8]
@@ -339,7 +344,16 @@ def test_alive_and_counting_during_generation(served: Served):
         assert not running.done()
     assert running.result().status_code == 200
     text = served.http.get("/metrics").text
-    for name in ("queue_pictures", "stage_seconds_bucket", "cache_hits_total", "recompilations", "rejections_total"):
-        assert f"fluxfire_{name}" in text
+    for name in (
+        *("ready", "queue_pictures", "queue_cost", "running_pictures", "requests_total", "rejections_total"),
+        *("pictures_total", "denoising_steps_total", "cache_hits_total", "cache_computed_total", "cache_hit_rate"),
+        *("recompilations", "gpu_used_bytes", "gpu_total_bytes", "worker_restarts_total", "storage_failures_total"),
+    ):
+        assert f"\nfluxfire_{name}" in text
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+    for stage in ("queue", "prepare", "denoise", "decode", "encode"):
+        assert values[f'fluxfire_stage_seconds_count{{stage="{stage}"}}'] == values["fluxfire_pictures_total"]
+    hits, computed = (values[f"fluxfire_cache_{name}_total"] for name in ("hits", "computed"))
+    assert values["fluxfire_cache_hit_rate"] == pytest.approx(hits / (hits + computed))
     assert "teapot" not in text
     assert threading.active_count() < 60

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import httpx2
 import pytest
 from conftest import make_pipe
 from diffusers import FluxFillPipeline
-from serving import TESTS, WAIT_S, Served, ask, lines, make_settings, metric, wait_until
+from serving import TESTS, WAIT_S, Served, ask, lines, make_settings, metric, wait_until, with_tests_on_path
 
+import fluxfire
 from fluxfire import ArgumentError, cli
-from fluxfire.serve import model, process
+from fluxfire.serve import model, process, wire, worker
 from fluxfire.serve.jobs import Order, Shape
 from fluxfire.serve.queue import Pace, PictureQueue
 from fluxfire.serve.redact import Redacting
@@ -98,6 +102,7 @@ def test_killed_worker_is_replaced_and_only_its_batch_is_lost(stubbed: Served):
     assert stubbed.engine.supervisor.worker.pid != killed
     assert stubbed.http.get("/readyz").status_code == 200
     assert metric(stubbed, "fluxfire_worker_restarts_total") == 1
+    assert metric(stubbed, 'fluxfire_rejections_total{code="worker_died"}') == 1
 
 
 def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served, monkeypatch: pytest.MonkeyPatch):
@@ -231,6 +236,35 @@ def test_model_is_named_or_made_by_a_function_and_its_class_must_be_known():
 
 def unknown() -> Any:
     return make_pipe(FluxFillPipeline)
+
+
+def optimized() -> Any:
+    return fluxfire.apply_cache(make_pipe(), 0.5, max_consecutive_hits=1)
+
+
+def test_pipeline_that_its_function_has_optimized_is_served_as_it_is():
+    options = {"model": f"{__name__}:optimized", "device": "cpu", "dtype": "float32"}
+    loaded = worker.Worker(io.BytesIO(), io.BytesIO(), options)._load()
+    assert [step.name for step in fluxfire.report(loaded.pipe).steps] == ["cache"]
+    assert fluxfire.cache_stats(loaded.pipe).threshold == 0.5
+
+
+@pytest.mark.slow
+def test_worker_finds_what_the_last_one_has_compiled(tmp_path: Path):
+    options = {"model": "serve_pipes:make", "device": "cpu", "dtype": "float32", "cache_threshold": 0.12}
+    options |= {"compile": True, "warm_sizes": [[48, 32]], "max_batch": 1, "name": None}
+    environment = os.environ | with_tests_on_path() | {"XDG_CACHE_HOME": str(tmp_path), "FLUXTEST_GATES": str(tmp_path)}
+    found, pipes = [], dict.fromkeys(("stdin", "stdout", "stderr"), PIPE)
+    for _ in range(2):
+        with subprocess.Popen([*process.COMMAND, json.dumps(options)], env=environment, **pipes) as running:
+            ready = wire.read(running.stdout)
+            running.stdin.close()
+            report = running.stderr.read().decode()
+        assert ready.kind == "ready", report
+        found.append([int(number) for number in re.search(r"(\d+) found .* (\d+) compiled", report).groups()])
+    (none, compiled), (all_of_them, nothing) = found
+    assert (none, nothing) == (0, 0)
+    assert all_of_them == compiled > 0
 
 
 @pytest.mark.parametrize(

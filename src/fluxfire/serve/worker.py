@@ -54,6 +54,7 @@ class Worker:
             traceback.print_exc()
             self._send("refused", reason=f"{type(error).__name__}: {error}")
             return
+        print(fluxfire.report(self._model.pipe), file=sys.stderr)
         self._send("ready", facts=dataclasses.asdict(facts), **self._counters())
         while True:
             self._run(self._runs.get())
@@ -62,11 +63,10 @@ class Worker:
         options = self._options
         model = load(options["model"], options["device"], options["dtype"])
         try:
-            report = fluxfire.report(model.pipe)  # optimized already, by a function that knows better
+            fluxfire.report(model.pipe)  # optimized already, by a function that knows better
         except fluxfire.NotOptimizedError:
             threshold, compile = options["cache_threshold"], options["compile"]
-            report = fluxfire.report(fluxfire.optimize_pipeline(model.pipe, cache_threshold=threshold, compile=compile))
-        print(report, file=sys.stderr)
+            fluxfire.optimize_pipeline(model.pipe, cache_threshold=threshold, compile=compile)
         return model
 
     def _warm(self) -> Facts:
