@@ -30,6 +30,7 @@ from serving import (
 )
 
 from fluxfire import demo
+from fluxfire.serve.jobs import STAGES
 
 GONE = 'fluxfire_rejections_total{code="client_gone"}'
 
@@ -351,7 +352,7 @@ def test_alive_and_counting_during_generation(served: Served):
     ):
         assert f"\nfluxfire_{name}" in text
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
-    for stage in ("queue", "prepare", "denoise", "decode", "encode"):
+    for stage in STAGES:
         assert values[f'fluxfire_stage_seconds_count{{stage="{stage}"}}'] == values["fluxfire_pictures_total"]
     hits, computed = (values[f"fluxfire_cache_{name}_total"] for name in ("hits", "computed"))
     assert values["fluxfire_cache_hit_rate"] == pytest.approx(hits / (hits + computed))

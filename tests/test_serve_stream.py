@@ -6,7 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serving import PROMPT, SLOW, Served, ask, metric, open_picture, post_by_hand, wait_until
+from serving import PROMPT, Served, ask, metric, open_picture, wait_until
 
 
 def stream(served: Served, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -61,13 +61,11 @@ def test_stream_of_several_pictures_tells_them_apart(served: Served):
 
 def test_stream_tells_the_place_in_the_queue(served: Served):
     with ThreadPoolExecutor(2) as pool:
-        running = post_by_hand(served, "/inference", json.dumps(SLOW | {"steps": 100}).encode())
-        wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
-        second = pool.submit(ask, served, width=32, height=32)
-        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
-        third = pool.submit(stream, served, width=48, height=48, steps=2)
-        wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 2)
-        running.close()
+        with served.held():
+            second = pool.submit(ask, served, width=32, height=32)
+            wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
+            third = pool.submit(stream, served, width=48, height=48, steps=2)
+            wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 2)
         assert second.result().status_code == 200
         assert [waiting["ahead"] for waiting in of(third.result(), "waiting")] == [2, 1]
 

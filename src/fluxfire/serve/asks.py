@@ -35,9 +35,7 @@ Quality = Annotated[int, Field(ge=1, le=100, description="Of JPEG and WebP.")]
 
 STREAM_PREVIEWS: Final = 3  # as OpenAI
 MAX_PREVIEWS: Final = 10  # each costs a decoding
-DECODING: Final = ThreadPoolExecutor(
-    2, "decode"
-)  # so few: a file of some kB may be a picture of 200 MB, whoever sends it
+DECODING: Final = ThreadPoolExecutor(2)  # so few: a file of some kB may be a picture of 200 MB
 
 
 class Ask(BaseModel):

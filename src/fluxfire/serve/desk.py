@@ -85,12 +85,15 @@ class Desk:
             ClientGone: it did not wait.
             ServeError: how the job failed.
         """
-        async for _ in self.follow(job, request):
-            pass
+        try:
+            async for _ in self.follow(job, request):
+                pass
+        finally:
+            self.engine.release(job)
         return job.pictures
 
     async def follow(self, job: Job, request: Request) -> AsyncGenerator[Event]:
-        """The job's events; gives the job up when the client goes.
+        """The job's events; whoever follows it has to `release` it afterwards.
 
         Raises:
             ClientGone: it did not wait.
@@ -112,7 +115,6 @@ class Desk:
                 yield found
         finally:
             gone.cancel()
-            self.engine.release(job)
 
 
 async def _gone(request: Request) -> None:

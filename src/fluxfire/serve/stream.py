@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fluxfire.serve.desk import ClientGone, Desk
 from fluxfire.serve.errors import ServeError
@@ -47,8 +48,22 @@ def stream(
         except ClientGone:
             return
 
-    # A proxy that gathers answers before it passes them on (nginx) would gather this one too.
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    return _Followed(desk, job, body())
+
+
+class _Followed(StreamingResponse):
+    """Lets go of the job in the end, also when the client went before the first event."""
+
+    def __init__(self, desk: Desk, job: Job, body: AsyncIterator[bytes]) -> None:
+        # A proxy that gathers answers before it passes them on (nginx) would gather this one too.
+        super().__init__(body, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._desk, self._job = desk, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._desk.engine.release(self._job)
 
 
 def _packed(name: str, values: dict[str, Any]) -> bytes:
