@@ -87,7 +87,9 @@ class Served:
         """Another application on a port of its own, with other settings and the same worker."""
         app = create_app(make_settings(**settings))
         app.state.desk.engine = self.engine
-        config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, port=0, http="h11", ws="none", log_config=None, lifespan="off", timeout_graceful_shutdown=5
+        )
         server = uvicorn.Server(config)
         running = asyncio.run_coroutine_threadsafe(server.serve(), self.server._loop)
         wait_until(lambda: server.started)

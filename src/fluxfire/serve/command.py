@@ -25,11 +25,8 @@ def serve(
 ) -> None:
     """Serve a FLUX pipeline over HTTP: /inference, and OpenAI's images API."""
     try:
-        from pydantic import ValidationError
-        from pydantic_settings import SettingsError
-
         from fluxfire.serve.server import serve as run
-        from fluxfire.serve.settings import Settings
+        from fluxfire.serve.settings import read_settings
     except ModuleNotFoundError as error:
         sys.exit(f"fluxfire: this command needs {error.name}: pip install 'fluxfire[serve]'")
 
@@ -43,13 +40,7 @@ def serve(
         "compile": compile,
         "warm_sizes": [_size(size) for size in warm] if warm else None,
     }
-    try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:  # without the values: some are secrets
-        lines = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False)]
-        sys.exit("fluxfire: " + "; ".join(lines))
-    except SettingsError as error:
-        sys.exit(f"fluxfire: {error}")
+    settings = read_settings({name: value for name, value in given.items() if value is not None})
     if reason := run(settings):
         sys.exit(f"fluxfire: the model could not be loaded: {reason}")
 

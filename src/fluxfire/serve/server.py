@@ -36,6 +36,9 @@ class Server(uvicorn.Server):
                 app,
                 settings.host,
                 settings.port,
+                loop="asyncio",  # these three as tested, whatever else is installed
+                http="h11",
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

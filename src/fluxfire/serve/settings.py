@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from fluxfire.errors import ArgumentError
 
 MIB: Final = 2**20
 Positive = Annotated[int, Field(gt=0)]
@@ -115,3 +117,24 @@ class Settings(BaseSettings):
             "warm_sizes": self.warm_sizes,
             "max_batch": self.max_batch,
         }
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """The settings, those given by hand before those of the environment.
+
+    Raises:
+        ArgumentError: which ones cannot be used; without the values, some of which are secrets.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False)]
+        raise ArgumentError("; ".join(lines)) from None
+    except SettingsError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def secret_names() -> frozenset[str]:
+    """The settings that have secrets in them."""
+    fields = Settings.model_fields.items()
+    return frozenset(name for name, field in fields if "SecretStr" in str(field.annotation) or name == "api_keys")

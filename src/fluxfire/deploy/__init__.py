@@ -1,0 +1,1 @@
+"""The server of `fluxfire.serve` on many machines: `ray_app.py` for Ray Serve."""
