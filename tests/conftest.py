@@ -132,6 +132,7 @@ def crash_between_and_within_steps(pipe: Any, fresh: torch.Tensor) -> None:
 def empty_megacache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has compiled, and none writes to the user's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
 
 
 @pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])

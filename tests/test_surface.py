@@ -15,7 +15,7 @@ CORE = Path(fluxfire.__file__).parent
 FILES = sorted(path for path in CORE.glob("*.py") if path.name not in ("cli.py", "doctor.py"))  # the outer ring
 PARTS = {"errors", "plan", "patches", "blocks", "run", "stats"}  # what steps are made of; the rest are steps
 
-MEGACACHE = {"aot", "graphs", "megacache", "structure"}
+MEGACACHE = {"aot", "artifacts", "environment", "graphs", "megacache", "share", "structure", "torch_cache"}
 # The files of one step know each other.
 TOGETHER = [{"cache", "first_block", "paraattn"}, {"compile", *MEGACACHE}]
 
@@ -35,13 +35,34 @@ def imports(path: Path) -> set[str]:
 def test_public_names_are_pinned() -> None:
     assert fluxfire.__all__ == sorted(fluxfire.__all__)
     assert set(fluxfire.__all__) == {
-        *("ArgumentError", "CopyError", "FluxfireError", "NotFluxError", "NotOptimizedError", "StepError", "UndoError"),
-        *("CacheCall", "CacheStats", "CompileStats", "ArtifactStats", "Plan", "Report", "Skip", "Step", "__version__"),
+        *(
+            "ArgumentError",
+            "ArtifactError",
+            "CopyError",
+            "FluxfireError",
+            "NotFluxError",
+            "NotOptimizedError",
+            "StepError",
+            "UndoError",
+        ),
+        *(
+            "CacheCall",
+            "CacheStats",
+            "CompileStats",
+            "ArtifactStats",
+            "TorchCacheStats",
+            "Plan",
+            "Report",
+            "Skip",
+            "Step",
+            "__version__",
+        ),
         *("apply_cache", "apply_compile", "apply_memory_format", "apply_offload", "apply_vae_tiling"),
         *("check_cache", "check_compile", "check_memory_format", "check_offload", "check_vae_tiling"),
         *("apply_static_blocks", "check_static_blocks"),
         *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "set_cache_threshold"),
         *("optimize_pipeline", "plan_pipeline", "prefetch", "report", "restore_pipeline"),
+        *("load_megacache", "save_megacache", "warm"),
     }
 
 
@@ -54,7 +75,7 @@ def test_the_core_stays_small() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
-    assert sum(ahead.values()) <= 1100  # one part of its own: what replaces Dynamo's guards, kind by kind
+    assert sum(ahead.values()) <= 1500  # one part of its own: what replaces Dynamo's guards, and torch's own artifacts
     assert sum(lines.values()) - sum(ahead.values()) <= 2850
 
 

@@ -6,10 +6,12 @@ print(fluxfire.report(pipe))
 fluxfire.restore_pipeline(pipe)
 """
 
+from fluxfire.artifacts import prefetch
 from fluxfire.cache import apply_cache, cache_stats, check_cache, set_cache_threshold
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import (
     ArgumentError,
+    ArtifactError,
     CopyError,
     FluxfireError,
     NotFluxError,
@@ -18,18 +20,20 @@ from fluxfire.errors import (
     UndoError,
 )
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
-from fluxfire.megacache import prefetch
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.share import load_megacache, save_megacache
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks
-from fluxfire.stats import ArtifactStats, CacheCall, CacheStats, CompileStats, Report
+from fluxfire.stats import ArtifactStats, CacheCall, CacheStats, CompileStats, Report, TorchCacheStats
+from fluxfire.warm import warm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "ArtifactError",
     "ArtifactStats",
     "CacheCall",
     "CacheStats",
@@ -43,6 +47,7 @@ __all__ = [
     "Skip",
     "Step",
     "StepError",
+    "TorchCacheStats",
     "UndoError",
     "__version__",
     "apply_cache",
@@ -60,10 +65,13 @@ __all__ = [
     "check_offload",
     "check_static_blocks",
     "check_vae_tiling",
+    "load_megacache",
     "optimize_pipeline",
     "plan_pipeline",
     "prefetch",
     "report",
     "restore_pipeline",
+    "save_megacache",
     "set_cache_threshold",
+    "warm",
 ]

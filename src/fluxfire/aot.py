@@ -33,15 +33,14 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from os import PathLike
 from typing import Any, Final
 
 import torch
 
 from fluxfire.blocks import denoiser_of
+from fluxfire.environment import environment
 from fluxfire.graphs import clones, compile_ahead, distance, exact, kind, pattern, torch_state
-from fluxfire.megacache import Artifact, MegaCache, environment, megacache_at
+from fluxfire.megacache import Artifact, MegaCache
 from fluxfire.run import at_last_step
 from fluxfire.stats import ArtifactStats
 from fluxfire.store.manifest import digest
@@ -86,6 +85,11 @@ class Blocks:
         self._counts: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
+        self._group = ""  # what is compiled together, so that another process waits for all of it
+
+    def serves(self, module: torch.nn.Module) -> bool:
+        """Whether this is a block of the denoiser, and not the VAE's decoder."""
+        return any(module is part for part in denoiser_of(self._pipe()).modules())
 
     def stats(self) -> ArtifactStats:
         """A snapshot of the counts."""
@@ -124,12 +128,16 @@ class Blocks:
         self._local.state = torch_state()
         try:
             out = forward(*args, **kwargs)
+        except BaseException:
+            self._cache.release(self._group)
+            raise
         finally:
             self._local.state = None
-        if self._to_keep and at_last_step(getattr(self._pipe(), "scheduler", None)):
+        if self._group and at_last_step(getattr(self._pipe(), "scheduler", None)):
             with self._lock:
                 artifacts, self._to_keep = self._to_keep, []
             self._counts["kept"] += sum(map(self._cache.keep, artifacts))
+            self._cache.release(self._group)
         return out
 
     def _find(self, known: _Block, forward: Any, args: Any, kwargs: Any) -> tuple[Artifact | None, list[Any]]:
@@ -186,7 +194,8 @@ class Blocks:
             self._reasons[f"compiled: {why}"] += 1
             return compile_ahead(fields, block, values, self._options(), self._dynamic)
 
-        artifact = self._cache.get(fields, make)
+        self._group = digest({"environment": fields["environment"], **self._fields})
+        artifact = self._cache.get(fields, make, self._group)
         if made:
             self._to_keep.append(artifact)
         else:
@@ -256,45 +265,3 @@ def _device(values: list[Any]) -> torch.device:
 
 def _unchanged(live: Mapping[str, Any], before: dict[str, Any]) -> bool:
     return len(live) == len(before) and all(map(operator.is_, map(live.get, before), before.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class NotServed:
-    """In the place of `Blocks` where nothing can be served: why."""
-
-    reason: str
-
-    def stats(self) -> ArtifactStats:
-        """The reason as the report's only count."""
-        return ArtifactStats(reasons=((f"not used: {self.reason}", 1),))
-
-
-def blocks_of(
-    pipe: Any,
-    place: str | PathLike[str],
-    backend: str,
-    scope: str,
-    options: Callable[[], dict[str, Any]],
-    dynamic: bool,
-) -> Blocks | NotServed:
-    """What serves this pipeline's blocks from the mega-cache, or why nothing does."""
-    if backend != "inductor":
-        return NotServed(f"backend {backend!r} makes nothing that can be kept")
-    if scope != "blocks":
-        return NotServed(f"scope {scope!r} is one graph of everything, and only blocks are compiled ahead of time")
-    from torch._dynamo.convert_frame import compile_lock
-
-    config, told = torch._inductor.config, {}
-    with compile_lock:  # who compiles or loads in another thread changes settings meanwhile
-        for name, value in config.save_config_portable().items():
-            if value != vars(config)["_config"][name].default:
-                told[name] = value
-    asked = options()
-    if asked.get("triton.cudagraphs", config.triton.cudagraphs):
-        return NotServed("CUDA graphs cannot be kept")
-    told = {name: repr(value) for name, value in (told | asked).items()}
-    if unknown := [name for name, value in told.items() if " at 0x" in value]:
-        return NotServed(f"inductor's {', '.join(unknown)} cannot be told apart from process to process")
-    model = {name: repr(value) for name, value in denoiser_of(pipe).config.items() if not name.startswith("_")}
-    fields = {"options": told, "dynamic": dynamic, "config": model}
-    return Blocks(pipe, megacache_at(place), fields, options, dynamic)

@@ -1,4 +1,4 @@
-"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire serve`, `fluxfire doctor`.
+"""The command line: `fluxfire demo`, `bench`, `serve`, `doctor`, `warm`, `megacache`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
 `--format json` means the same for every command: that line, and nothing for people.
@@ -24,11 +24,15 @@ except ModuleNotFoundError as error:  # the console script exists without the ex
     raise SystemExit(f"fluxfire: the command line needs {error.name}: pip install 'fluxfire[cli]'") from None
 
 from fluxfire.serve.command import serve
+from fluxfire.tools import megacache
+from fluxfire.tools.warm import warm
 
 Format = Annotated[Literal["text", "json"], typer.Option("--format", help="json: the line of JSON alone.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(serve)
+app.command()(warm)
+app.add_typer(megacache.app, name="megacache")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import sys
 import time
 import types
@@ -34,12 +33,12 @@ from typing import Any, Final
 
 import torch
 
-from fluxfire.aot import Blocks, blocks_of
+from fluxfire.artifacts import artifacts_of, check_place
 from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
-from fluxfire.megacache import check_path
 from fluxfire.patches import Workaround, applying
 from fluxfire.plan import Step
+from fluxfire.run import on_plain_inputs
 from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
@@ -130,6 +129,7 @@ def check_compile(
     dynamic: bool = True,
     vae: bool = False,
     megacache: str | PathLike[str] | None = "auto",
+    share: bool = False,
 ) -> str | None:
     """Why `apply_compile` with these arguments would refuse this pipeline, or None.
 
@@ -149,7 +149,7 @@ def check_compile(
         raise ArgumentError(f"backend: found {backend!r}, needed one of torch.compile's by name: {', '.join(known)}")
     if not isinstance(vae, bool):
         raise ArgumentError(f"vae: found {vae!r}, needed True (the decoder is compiled too) or False")
-    check_path(megacache)
+    check_place(megacache, share)
     if backend != "inductor" and (mode != "default" or options):
         raise ArgumentError(f'mode and options are inductor\'s: found backend {backend!r}, needed backend="inductor"')
     try:
@@ -208,6 +208,7 @@ def apply_compile(
     dynamic: bool = True,
     vae: bool = False,
     megacache: str | PathLike[str] | None = "auto",
+    share: bool = False,
 ) -> Any:
     """Compiles the denoiser's blocks, each kind once. Lossless.
 
@@ -223,9 +224,11 @@ def apply_compile(
         scope: "blocks"; or "denoiser" for one graph of the whole, which takes minutes and excludes the cache.
         dynamic: True: the graphs serve all picture sizes; False: each size compiles its own.
         vae: compile the VAE's decoder too.
-        megacache: where compiled blocks are found, and kept after the first complete picture: "auto", this user's
-            cache folder; the path of a folder; or None: everything is compiled anew in each process. Serves backend
-            "inductor" by blocks without CUDA graphs; the report says what it did.
+        megacache: where compiled code is found, and kept after the first complete picture: "auto", this user's cache
+            folder; the path of a folder; a URL (s3://bucket/prefix, hf://owner/name), for what "auto" does not have and
+            a trusted key has signed; or None: everything is compiled anew in each process. Blocks are compiled ahead
+            of time, without CUDA graphs; other graphs are traced and found by torch; the report says what it did.
+        share: put what is compiled here at the URL too, signed with your key (docs/megacache.md).
 
     Returns:
         The same pipe.
@@ -234,7 +237,7 @@ def apply_compile(
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
     knobs: dict[str, Any] = {"mode": mode, "backend": backend, "scope": scope, "dynamic": dynamic, "vae": vae}
-    knobs |= {"megacache": megacache}
+    knobs |= {"megacache": megacache, "share": share}
     reason = check_compile(pipe, options=options, **knobs)
     settings = (*knobs.items(), ("options", tuple((options or {}).items())))
 
@@ -244,53 +247,15 @@ def apply_compile(
     with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
         denoiser, targets = denoiser_of(pipe), _targets(pipe, scope, vae)
         graphs = Graphs(mode, kinds=len({type(module) for module in targets}))
-        ahead = None if megacache is None else blocks_of(pipe, megacache, backend, scope, inductor, dynamic)
+        artifacts = artifacts_of(pipe, megacache, share, backend, scope, inductor, dynamic)
         for module in targets:
             more: dict[str, Any] = {"options": inductor()} if backend == "inductor" else {}
             compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **more)
-            if isinstance(ahead, Blocks) and not (vae and module is targets[-1]):
-                call = ahead.around(module, compiled)
-            else:
-                call = _instead(compiled)
-            handle.patch.wrap(module, "forward", _on_plain_inputs(call))
+            handle.patch.wrap(module, "forward", on_plain_inputs(artifacts.around(module, compiled)))
         SAME_META.hold(handle)
-        if isinstance(ahead, Blocks):
-            handle.patch.wrap(denoiser, "forward", ahead.around_denoiser)
-        for module in (denoiser, *targets[-1:] * vae):
+        entered = [denoiser, *targets[-1:] * vae]
+        artifacts.install(handle, entered)
+        for module in entered:
             handle.patch.wrap(module, "forward", graphs.around)
         handle.states["compile"] = graphs
-        if ahead:
-            handle.states["megacache"] = ahead
     return pipe
-
-
-def _instead(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda forward, *args, **kwargs: compiled(*args, **kwargs)
-
-
-def _on_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `call(forward, ...)` in the place of the block's forward, with inputs of one form."""
-
-    def on_plain_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(forward, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
-
-    return on_plain_inputs
-
-
-def _plain(value: Any) -> Any:
-    """The same values as a contiguous tensor that is no view; None for an empty dict. Looks into tuples."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, dict) and not value:
-        return None
-    if not isinstance(value, torch.Tensor) or value.requires_grad or not value.ndim:
-        return value
-    canonical = tuple(itertools.accumulate(reversed(value.shape[1:]), operator.mul, initial=1))[::-1]
-    if not value._is_view() and value.stride() == canonical:
-        return value
-    if not value.is_contiguous():
-        return value.contiguous()
-    # Contiguous but a view, or of odd strides in dimensions of size 1: the storage without the relation to its base.
-    return torch.empty(0, dtype=value.dtype, device=value.device).set_(
-        value.untyped_storage(), value.storage_offset(), value.shape, canonical
-    )

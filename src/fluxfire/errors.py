@@ -5,6 +5,7 @@ FluxfireError
 ├── ArgumentError     (ValueError)    an argument that no pipeline could take
 ├── StepError         (RuntimeError)  this step cannot be applied to this pipeline now; nothing was changed
 ├── UndoError         (RuntimeError)  somebody else holds what we would put back; nothing was changed
+├── ArtifactError     (RuntimeError)  compiled code could not be carried: not signed by a trusted key, damaged
 ├── NotOptimizedError (RuntimeError)  asked about a pipeline, or a step, that fluxfire has not touched
 └── CopyError         (TypeError)     a patched module was copied or pickled
 """
@@ -28,6 +29,10 @@ class StepError(FluxfireError, RuntimeError):
 
 class UndoError(FluxfireError, RuntimeError):
     """Somebody else's wrapper holds what we would put back. Nothing was changed."""
+
+
+class ArtifactError(FluxfireError, RuntimeError):
+    """Compiled code could not be carried: not signed by a trusted key, damaged, or a place out of reach."""
 
 
 class NotOptimizedError(FluxfireError, RuntimeError):

@@ -7,39 +7,41 @@ What traced functions read besides, the sources of their modules, is checked bef
 names what differs from the nearest entry, and is compiled; it is never an error.
 
 Loading an artifact means running its code, so the store is a private folder and every byte is checked first
-(`store/`). Artifacts are shared by all pipelines of a process, and compiled once however many ask at the same time.
+(`store/`). Where a URL is given, what the store does not have is looked for there, and put into the store if a key
+that the user trusts has signed it. Artifacts are shared by all pipelines of a process, and compiled once however many
+ask at the same time; another process that begins to compile the same waits until the first has kept them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import logging
 import os
-import platform
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from fluxfire.errors import ArgumentError
+from fluxfire.environment import environment, nearest
 from fluxfire.store import Manifest, Store, StoreError
 from fluxfire.store.manifest import digest
+from fluxfire.store.remote import Shelf, fetch, give, is_url, keep, shelf_at, take
+from fluxfire.store.trust import Keys
 from fluxfire.structure import Unknown, source_of
 
 PREFETCHED: Final = 16  # artifacts: a model's blocks at batch 1 and more are 4
+CLAIM_WAIT_S: Final = 120.0  # for another process that compiles the same
 _LOG: Final = logging.getLogger(__name__)
-_OPEN: dict[str, MegaCache] = {}
+_OPEN: dict[tuple[str, str, bool], MegaCache] = {}
 _LOCK: Final = threading.RLock()
 
 
@@ -64,55 +66,30 @@ def default_folder() -> Path:
     return Path(os.path.realpath(caches)) / "fluxfire" / "megacache"
 
 
-def check_path(megacache: object) -> None:
-    """Refuses what is no place for artifacts.
-
-    Raises:
-        ArgumentError: neither "auto", nor a path, nor None.
-    """
-    if megacache is not None and (not isinstance(megacache, str | os.PathLike) or not str(megacache)):
-        raise ArgumentError(f'megacache: found {megacache!r}, needed "auto", the path of a folder, or None')
-
-
-def megacache_at(place: str | os.PathLike[str]) -> MegaCache:
-    """The mega-cache of this process at "auto" or at a path."""
-    path = os.path.abspath(default_folder() if place == "auto" else place)
+def megacache_at(place: str | os.PathLike[str], share: bool = False) -> MegaCache:
+    """The mega-cache of this process at "auto", at a path, or at a URL with "auto" before it."""
+    url = str(place) if is_url(place) else ""
+    path = os.path.abspath(default_folder() if url or place == "auto" else place)
     with _LOCK:
-        if path not in _OPEN:
-            _OPEN[path] = MegaCache(path)
-        return _OPEN[path]
-
-
-def prefetch(megacache: str | os.PathLike[str] = "auto") -> threading.Thread:
-    """Begins to load this machine's artifacts, and to import what they need, while you load the weights.
-
-    Call it first, then `from_pretrained`, then `optimize_pipeline`. diffusers, which you are about to import anyway, is
-    imported before this returns, so that no two threads import it at once; the rest passes beside you. The most
-    recently used artifacts for the current device are loaded, 16 at most; the others when they are needed.
-
-    Args:
-        megacache: "auto" or a path, as for `optimize_pipeline`.
-
-    Returns:
-        The thread that does it; nobody needs to wait for it.
-
-    Raises:
-        ArgumentError: `megacache` is neither "auto" nor a path.
-    """
-    check_path(megacache or b"")
-    importlib.import_module("diffusers.pipelines.flux.pipeline_flux")
-    thread = threading.Thread(target=megacache_at(megacache).prefetch, name="fluxfire-prefetch")
-    thread.start()
-    return thread
+        if (path, url, share) not in _OPEN:
+            _OPEN[path, url, share] = MegaCache(path, url, share)
+        return _OPEN[path, url, share]
 
 
 class MegaCache:
-    """The artifacts of one store that this process has loaded or made."""
+    """The artifacts of one store that this process has loaded or made.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    Args:
+        path: the store's folder.
+        url: where to look for what the store does not have.
+        share: put there, signed, what is compiled here.
+    """
+
+    def __init__(self, path: str, url: str = "", share: bool = False) -> None:
+        self.path, self._url, self._share = path, url, share
         self._lock = threading.Lock()
         self._artifacts: dict[str, Future[Artifact]] = {}
+        self._claims: dict[str, contextlib.ExitStack] = {}
         self._fault = ""
 
     @functools.cached_property
@@ -125,8 +102,56 @@ class MegaCache:
             _LOG.warning("no artifact is kept or found, %s", self._fault)
             return None
 
-    def get(self, fields: dict[str, Any], make: Callable[[str], Artifact]) -> Artifact:
+    @functools.cached_property
+    def _elsewhere(self) -> tuple[Shelf, Keys] | None:
+        return (shelf_at(self._url), Keys()) if self._url else None
+
+    def find(self, fields: dict[str, Any]) -> Manifest | str:
+        """What was kept for these fields, fetched from elsewhere if need be; else why there is nothing.
+
+        Raises:
+            StoreError, OSError: there is something that cannot be used.
+        """
+        store, key, why = self.store, digest(fields), ""
+        if store is None:
+            return self._fault
+        if manifest := store.manifest(key):
+            return manifest
+        if self._url:
+            try:
+                if self._elsewhere and (found := fetch(self._elsewhere[0], key, self._elsewhere[1].trusted())):
+                    return keep(store, self._elsewhere[0], *found)
+                why = f"not in {self._url}; "
+            except (StoreError, OSError) as error:
+                why = f"{error}; "
+                _LOG.warning("nothing is fetched: %s", error)
+        alike = [manifest for manifest in store.manifests() if ("block" in manifest.fields) == ("block" in fields)]
+        return why + nearest(fields, alike)
+
+    def claim(self, group: str) -> bool:
+        """Claims to compile what belongs together, and waits, for a time, for another process that does.
+
+        Returns:
+            Whether another process had to be waited for, so that the store is worth another look.
+        """
+        if self.store is None or group in self._claims:
+            return False
+        held = self._claims[group] = contextlib.ExitStack()
+        try:
+            return held.enter_context(self.store.claimed(digest({"group": group})[:32], CLAIM_WAIT_S))
+        except (StoreError, OSError) as error:
+            _LOG.info("it is compiled here too: %s", error)
+            return True
+
+    def release(self, group: str) -> None:
+        """Lets other processes look for what was kept."""
+        if held := self._claims.pop(group, None):
+            held.close()
+
+    def get(self, fields: dict[str, Any], make: Callable[[str], Artifact], group: str = "") -> Artifact:
         """The artifact of these fields: loaded already, else from the store, else made by `make(why)`, once a process.
+
+        A process that makes one of a `group` is waited for by others, until it lets go of the group.
 
         Raises:
             Unknown: it was not in the store, and could not be made.
@@ -144,6 +169,8 @@ class MegaCache:
                 continue
         try:
             artifact = self._load(fields)
+            if isinstance(artifact, str) and group and self.claim(group):
+                artifact = self._load(fields)
             future.set_result(make(artifact) if isinstance(artifact, str) else artifact)
         except BaseException as error:
             self.forget(fields)
@@ -167,12 +194,26 @@ class MegaCache:
             return False
         facts = {"sources": {name: source_of(name) for name in artifact.modules}, "made_at_s": int(time.time())}
         try:
-            self.store.put(artifact.fields, facts, artifact.payload)
+            manifest = self.store.put(artifact.fields, facts, artifact.payload)
         except (StoreError, OSError) as error:
             _LOG.warning("an artifact was not kept: %s", error)
             return False
         artifact.payload = b""
+        self.give(manifest.key)
         return True
+
+    def give(self, key: str) -> None:
+        """Puts an entry of the store elsewhere too, if that is wanted; a failure is a line in the log."""
+        if not self._share or not self.store:
+            return
+        try:
+            assert self._elsewhere
+            moved = list(give(self._elsewhere[0], self.store, self._elsewhere[1], wanted=[key]))
+            reasons = [entry.reason for entry in moved if entry.what == "refused"]
+        except (StoreError, OSError) as error:
+            reasons = [str(error)]
+        for reason in reasons:
+            _LOG.warning("%s was not shared: %s", key[:12], reason)
 
     def prefetch(self) -> None:
         """Imports, then loads the artifacts of this environment that were used last. Never raises."""
@@ -184,8 +225,14 @@ class MegaCache:
                 return
             device = torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
             here = environment(device)
-            fitting = [found for found in store.manifests() if found.fields.get("environment") == here]
-            for manifest in fitting[:PREFETCHED]:
+
+            def fits(manifest: Manifest) -> bool:
+                return "block" in manifest.fields and manifest.fields.get("environment") == here
+
+            if self._elsewhere:
+                for _ in take(self._elsewhere[0], store, self._elsewhere[1], fits=fits):
+                    pass
+            for manifest in list(filter(fits, store.manifests()))[:PREFETCHED]:
                 with contextlib.suppress(_Absent):
                     self.get(manifest.fields, _not_made)
         except Exception as error:  # whatever it is, the first call will meet it again and say so
@@ -194,18 +241,16 @@ class MegaCache:
     def _load(self, fields: dict[str, Any]) -> Artifact | str:
         """From the store; else why not."""
         start = time.perf_counter()
-        store, key = self.store, digest(fields)
-        if store is None:
-            return self._fault
         try:
-            manifest = store.manifest(key)
-            if manifest is None:
-                return _nearest(fields, store.manifests())
+            manifest = self.find(fields)
+            if isinstance(manifest, str):
+                return manifest
+            assert self.store
             for module, source in manifest.facts["sources"].items():
                 importlib.import_module(module)
                 if source_of(module) != source:
                     return f"the source of {module} changed"
-            payload = store.payload(manifest)
+            payload = self.store.payload(manifest)
             from torch._dynamo.convert_frame import compile_lock
 
             with compile_lock:
@@ -224,69 +269,3 @@ class _Absent(Unknown):
 
 def _not_made(why: str) -> Artifact:
     raise _Absent(why)
-
-
-def _nearest(fields: dict[str, Any], manifests: list[Manifest]) -> str:
-    """The first differing fields against the entry that differs least."""
-    differing = [_differences(fields, manifest.fields) for manifest in manifests]
-    if not differing:
-        return "the store is empty"
-    nearest = min(differing, key=len)
-    return ", ".join(nearest[:3]) + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "")
-
-
-def _differences(here: Any, there: Any, at: str = "") -> list[str]:
-    if isinstance(here, dict) and isinstance(there, dict):
-        names = [*here, *(name for name in there if name not in here)]
-        pairs = [(here.get(name), there.get(name), f"{at}.{name}".lstrip(".")) for name in names]
-        return [line for one, other, name in pairs if one != other for line in _differences(one, other, name)]
-    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        triples = zip(here, there, range(len(here)), strict=True)
-        return [line for a, b, index in triples if a != b for line in _differences(a, b, f"{at}[{index}]")]
-    return [f"{at.removeprefix('environment.')} {_short(there)}, here {_short(here)}"]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-@functools.cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """What kernels for this device depend on outside of the model, by name."""
-    from torch._inductor.codecache import torch_key
-
-    fluxfire = sys.modules["fluxfire"].__version__
-    found: dict[str, Any] = {"python": platform.python_version(), "machine": f"{sys.platform} {platform.machine()}"}
-    found |= {"torch": torch.__version__, "torch_sources": torch_key().hex()}
-    found |= {name: _version(name) for name in ("triton", "diffusers", "torchao", "peft")} | {"fluxfire": fluxfire}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "gpu": properties.name}
-        found |= {"capability": f"{properties.major}.{properties.minor}", "device": str(_with_index(device))}
-    else:
-        found |= {"device": str(device)} | _cpu()
-    return found
-
-
-def _with_index(device: torch.device) -> torch.device:
-    return torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> dict[str, str]:
-    """The CPU's model, and a digest of its flags where the system tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {"cpu": platform.processor()}
-    told = dict(reversed([line.split("\t: ", 1) for line in lines if "\t: " in line]))
-    values = {name.strip(): value for name, value in told.items()}
-    flags = " ".join(sorted(values.get("flags", values.get("Features", "")).split()))
-    return {"cpu": values.get("model name", ""), "cpu_flags": hashlib.sha256(flags.encode()).hexdigest()[:16]}

@@ -53,6 +53,7 @@ def plan_pipeline(
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
+    share: bool = False,
     strict: bool = False,
 ) -> Plan:
     """What `optimize_pipeline` with the same arguments would do. Nothing is touched.
@@ -66,7 +67,8 @@ def plan_pipeline(
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
-        megacache: where compiled blocks are found and kept: "auto", a path, or None (`apply_compile`).
+        megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
+        share: put what is compiled here at the URL too, signed (`apply_compile`).
         strict: raise for the first step that would be left out.
 
     Raises:
@@ -80,10 +82,11 @@ def plan_pipeline(
         static_blocks = has_static_blocks(pipe)
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
+    graphs = {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache, "share": share}
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
         "fused_qkv": (fuse_qkv, {}),
-        "compile": (compile, {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache}),
+        "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
         "vae_tiling": (vae_tiling, {}),
@@ -115,6 +118,7 @@ def optimize_pipeline(
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
+    share: bool = False,
     strict: bool = False,
 ) -> Any:
     """Makes a FLUX pipeline fast, in place. Approximate.
@@ -130,7 +134,8 @@ def optimize_pipeline(
         memory_format: the VAE in channels_last (`apply_memory_format`).
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
-        megacache: where compiled blocks are found and kept: "auto", a path, or None (`apply_compile`).
+        megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
+        share: put what is compiled here at the URL too, signed (`apply_compile`).
         strict: raise for the first step that cannot be applied, instead of leaving it out and reporting why.
 
     Returns:
@@ -155,6 +160,7 @@ def optimize_pipeline(
         vae_tiling=vae_tiling,
         offload=offload,
         megacache=megacache,
+        share=share,
         strict=strict,
     )
     handle = mark(pipe)

@@ -86,8 +86,32 @@ class ArtifactStats:
         found = f"{self.hits} found ({self.bytes / 2**20:.1f} MiB in all), {self.misses} compiled, {self.kept} kept"
         times = f"{self.load_s:.1f} s loading, {self.waited_s:.1f} s of it waited for"
         calls = f"{self.served} block calls served, {self.traced} traced"
-        reasons = "".join(f"; {reason}" + f" ({count} times)" * (count > 1) for reason, count in self.reasons)
-        return f"{found}; {times}; {calls}{reasons}"
+        return f"{found}; {times}; {calls}" + _reasons(self.reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCacheStats:
+    """The second tier's part: graphs that were traced here, and found (`hits`) or compiled (`misses`) by inductor.
+
+    `loaded` and `kept` count torch's artifacts in the entry of the store when it was read and when it was written last.
+    A graph may also be found in inductor's own folder.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    loaded: int = 0
+    kept: int = 0
+    bytes: int = 0
+    load_s: float = 0.0
+    reasons: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        entry = f"{self.loaded} artifacts loaded ({self.bytes / 2**20:.1f} MiB, {self.load_s:.1f} s), {self.kept} kept"
+        return f"{self.hits} traced graphs found, {self.misses} compiled; {entry}" + _reasons(self.reasons)
+
+
+def _reasons(reasons: tuple[tuple[str, int], ...]) -> str:
+    return "".join(f"; {reason}" + f" ({count} times)" * (count > 1) for reason, count in reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +144,7 @@ class Report:
             rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
         for name, counts in self.other:
             told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
-            rows.append((name, str(counts) if isinstance(counts, ArtifactStats) else ", ".join(told)))
+            rows.append((name, str(counts) if isinstance(counts, ArtifactStats | TorchCacheStats) else ", ".join(told)))
         if self.lost:
             what = f"a step is not in effect any more, somebody replaced {', '.join(sorted(set(self.lost)))}"
             rows.append(("warning", f"{what}: call fluxfire.restore_pipeline(pipe), then optimize again"))

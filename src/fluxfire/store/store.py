@@ -1,6 +1,7 @@
 """The store: entries found by key, put as a whole, evicted when the folder grows over its size.
 
     <path>/lock                 held while something is put or removed; readers never wait
+    <path>/claims/<name>        held by the process that compiles something, so that others wait for it
     <path>/payloads/<sha256>    content-addressed: written first, and once for equal content
     <path>/entries/<key>.json   the manifest, written last: an entry exists when its manifest does
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from fluxfire.store.files import Folder, StoreError, open_private
@@ -95,25 +96,72 @@ class Store:
             self._entries.touch(manifest.key + _SUFFIX)
         return data
 
+    def has(self, manifest: Manifest) -> bool:
+        """Whether the payload is there already, and sound."""
+        try:
+            manifest.check(self._payloads.read(manifest.payload_sha256, manifest.payload_bytes))
+        except (StoreError, OSError):
+            return False
+        return True
+
     def put(self, fields: dict[str, Any], facts: dict[str, Any], payload: bytes) -> Manifest:
         """Keeps a payload under the digest of its fields, in the place of an earlier one.
 
         Raises:
             StoreError, OSError: it could not be kept; the store is as sound as before.
         """
-        manifest = Manifest.of(fields, facts, payload)
+        with self._root.locked("lock", self._lock_wait_s):
+            return self._put(Manifest.of(fields, facts, payload), payload)
+
+    def update(self, key: str, change: Callable[[bytes | None], tuple[Manifest, bytes] | None]) -> Manifest | None:
+        """Puts what `change` makes of an entry's payload, or of None; nothing if it makes None of it.
+
+        Nobody else puts anything between the reading and the writing.
+
+        Raises:
+            StoreError, OSError: it could not be kept; the store is as sound as before.
+        """
+        with self._root.locked("lock", self._lock_wait_s):
+            before = None
+            with contextlib.suppress(StoreError, FileNotFoundError):
+                if manifest := self.manifest(key):
+                    before = self.payload(manifest)
+            after = change(before)
+            return self._put(*after) if after else None
+
+    @contextlib.contextmanager
+    def claimed(self, name: str, wait_s: float) -> Iterator[bool]:
+        """Holds `name` between processes, such as for what is being compiled; whether another process had it first.
+
+        Raises:
+            StoreError: somebody else held it for longer than `wait_s`.
+            OSError: the folder cannot be written.
+        """
+        claims = self._root.child("claims", create=True)
+        try:
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(claims.locked(name, 0))
+                    waited = False
+                except StoreError:
+                    held.enter_context(claims.locked(name, wait_s))
+                    waited = True
+                yield waited
+        finally:
+            claims.close()
+
+    def _put(self, manifest: Manifest, payload: bytes) -> Manifest:
         data = manifest.encode()
         size = len(payload) + len(data)
         if len(data) > MANIFEST_LIMIT or len(payload) > PAYLOAD_LIMIT or size > self.max_bytes:
             raise StoreError(f"found {size} bytes to keep, needed at most {self.max_bytes}")
-        with self._root.locked("lock", self._lock_wait_s):
-            for folder in (self._entries, self._payloads):
-                folder.sweep()
-            self._evict(self.max_bytes - size)
-            if not self._has(manifest):
-                self._payloads.write(manifest.payload_sha256, payload)
-            self._entries.write(manifest.key + _SUFFIX, data)
-            self._drop_orphans()
+        for folder in (self._entries, self._payloads):
+            folder.sweep()
+        self._evict(self.max_bytes - size)
+        if not self.has(manifest):
+            self._payloads.write(manifest.payload_sha256, payload)
+        self._entries.write(manifest.key + _SUFFIX, data)
+        self._drop_orphans()
         return manifest
 
     def remove(self, *keys: str) -> None:
@@ -152,14 +200,6 @@ class Store:
             except (StoreError, OSError) as error:
                 wrong[key] = str(error)
         return wrong
-
-    def _has(self, manifest: Manifest) -> bool:
-        """Whether the payload is there already, and sound."""
-        try:
-            manifest.check(self._payloads.read(manifest.payload_sha256, manifest.payload_bytes))
-        except (StoreError, OSError):
-            return False
-        return True
 
     def _evict(self, max_bytes: int) -> None:
         self._drop_orphans()

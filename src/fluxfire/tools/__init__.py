@@ -1,0 +1,1 @@
+"""Commands of the `fluxfire` command line that need no model of their own."""
