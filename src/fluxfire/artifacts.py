@@ -21,7 +21,7 @@ from fluxfire.errors import ArgumentError
 from fluxfire.megacache import megacache_at
 from fluxfire.plan import Handle
 from fluxfire.stats import ArtifactStats
-from fluxfire.store.remote import is_url, shelf_at
+from fluxfire.store.shelves import is_url, shelf_at
 from fluxfire.torch_cache import TorchCache
 
 

@@ -34,7 +34,8 @@ import torch
 from fluxfire.environment import environment, nearest
 from fluxfire.store import Manifest, Store, StoreError
 from fluxfire.store.manifest import digest
-from fluxfire.store.remote import Shelf, fetch, give, is_url, keep, shelf_at, take
+from fluxfire.store.remote import fetch, give, keep, take
+from fluxfire.store.shelves import Shelf, is_url, shelf_at
 from fluxfire.store.trust import Keys
 from fluxfire.structure import Unknown, source_of
 

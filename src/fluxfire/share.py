@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from fluxfire.errors import ArtifactError
 from fluxfire.megacache import megacache_at
 from fluxfire.store import Store, StoreError
-from fluxfire.store.remote import Moved, give, is_url, packing, shelf_at, take
+from fluxfire.store.remote import Moved, give, take
+from fluxfire.store.shelves import is_url, packing, shelf_at
 from fluxfire.store.trust import Keys
 
 

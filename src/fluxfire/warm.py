@@ -76,8 +76,8 @@ def _arguments(pipe: Any, width: int, height: int, count: int) -> dict[str, Any]
     found |= {"num_images_per_prompt": count}
     if getattr(pipe, "text_encoder", None) is not None:
         found["prompt"] = "a"
-    if "max_area" in known:  # Kontext makes another size of it, unless told how large a picture may be
-        found["max_area"] = width * height
+    if "max_area" in known:  # Kontext makes larger sizes of both, unless told otherwise
+        found |= {"max_area": width * height, "_auto_resize": False}
     if pictures := [name for name in _PICTURES if name in known]:
         from PIL import Image
 

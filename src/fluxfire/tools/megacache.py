@@ -6,79 +6,29 @@ stderr. The exit code is 1 where an entry was refused or is damaged.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, ParamSpec
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
-from fluxfire.megacache import megacache_at
 from fluxfire.store import Manifest, Store, StoreError
-from fluxfire.store.remote import Moved, Pack, give, is_url, keys_on, packing, shelf_at, sign, take
+from fluxfire.store.remote import Moved, give, keys_on, sign, take
+from fluxfire.store.shelves import Pack, is_url, packing, shelf_at
 from fluxfire.store.store import MAX_BYTES
 from fluxfire.store.trust import Keys
+from fluxfire.tools import keys
+from fluxfire.tools.common import As, Where, command, gone, opened_store, print_rows
 
 app = typer.Typer(no_args_is_help=True, help="Look at compiled code that is kept, carry it, sign it.")
-key_app = typer.Typer(no_args_is_help=True, help="Whose compiled code may run here; and your own key to sign with.")
-app.add_typer(key_app, name="key")
+app.add_typer(keys.app, name="key")
 
-Where = Annotated[str, typer.Option("--store", help='The store: "auto" or the path of its folder.')]
-As = Annotated[Literal["text", "json"], typer.Option("--format", help="A table, or one line of JSON.")]
 Elsewhere = Annotated[
     str, typer.Argument(help="A file, or a URL: s3://bucket/prefix, hf://owner/name, file:///folder.")
 ]
-P = ParamSpec("P")
-
-
-def _command(group: typer.Typer, name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Adds a command whose `StoreError`s are one line on stderr."""
-
-    def add(function: Callable[P, None]) -> Callable[P, None]:
-        @group.command(name)
-        @functools.wraps(function)
-        def command(*args: P.args, **kwargs: P.kwargs) -> None:
-            try:
-                function(*args, **kwargs)
-            except (StoreError, OSError) as error:
-                sys.exit(f"fluxfire: {error}")
-
-        return command
-
-    return add
-
-
-@contextlib.contextmanager
-def _open(where: str) -> Iterator[Store]:
-    store = Store(megacache_at(where).path)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _print(rows: list[dict[str, Any]], format: str, columns: tuple[str, ...]) -> None:
-    if format == "json":
-        print(json.dumps(rows))
-        return
-    table = [[_text(name, row[name]) for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-    for line in (list(columns), *table):
-        print("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _text(name: str, value: Any) -> str:
-    if name == "key":
-        return str(value)[:12]
-    if name == "bytes":
-        return f"{value / 2**20:.2f} MiB"
-    if name in ("made", "used"):
-        return str(value)[:16].replace("T", " ")
-    return str(value)
 
 
 def _row(store: Store, manifest: Manifest) -> dict[str, Any]:
@@ -116,22 +66,22 @@ def _key(store: Store, start: str) -> str:
     return found[0]
 
 
-@_command(app, "ls")
+@command(app, "ls")
 def ls(store: Where = "auto", format: As = "text") -> None:
     """List what is kept, the last used first."""
-    with _open(store) as opened:
+    with opened_store(store) as opened:
         rows = [_row(opened, manifest) for manifest in opened.manifests()]
-        _print(rows, format, ("key", "what", "on", "torch", "bytes", "used", "from"))
+        print_rows(rows, format, ("key", "what", "on", "torch", "bytes", "used", "from"))
         if format == "text":
             print(f"{len(rows)} entries, {opened.size() / 2**20:.1f} MiB in {opened.path}")
 
 
-@_command(app, "info")
+@command(app, "info")
 def info(
     key: Annotated[str, typer.Argument(help="The beginning of its key.")], store: Where = "auto", format: As = "text"
 ) -> None:
     """Show one entry: what it is for, and all that must be equal for it to be used."""
-    with _open(store) as opened:
+    with opened_store(store) as opened:
         manifest = opened.manifest(_key(opened, key))
         assert manifest
         row = _row(opened, manifest)
@@ -142,23 +92,23 @@ def info(
         for name, value in (
             told | {f"option {name}": v for name, v in manifest.fields.get("options", {}).items()}
         ).items():
-            print(f"{name:<16}  {_text('', value)}")
+            print(f"{name:<16}  {value}")
 
 
-@_command(app, "verify")
+@command(app, "verify")
 def verify(store: Where = "auto", format: As = "text") -> None:
     """Check every byte of every entry. Exit code 1 if one is damaged; damaged ones are never used."""
-    with _open(store) as opened:
+    with opened_store(store) as opened:
         wrong, count = opened.verify(), len(opened.keys())
         rows = [{"key": key, "wrong": reason} for key, reason in wrong.items()]
         if format == "json" or rows:
-            _print(rows, format, ("key", "wrong"))
+            print_rows(rows, format, ("key", "wrong"))
         if format == "text":
             print(f"{count - len(rows)} of {count} entries are sound")
     raise typer.Exit(int(bool(rows)))
 
 
-@_command(app, "prune")
+@command(app, "prune")
 def prune(
     to: Annotated[str, typer.Option("--to", help="What may stay: 500M, 1G.")] = f"{MAX_BYTES // 2**30}G",
     store: Where = "auto",
@@ -167,66 +117,62 @@ def prune(
     """Remove the least recently used entries until the rest is small enough."""
     if not (found := re.fullmatch(r"(\d+)([KMGT]?)", to)):
         raise typer.BadParameter(f"found {to!r}, needed a size such as 500M", param_hint="--to")
-    with _open(store) as opened:
-        _gone(opened.prune(int(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))), format)
+    with opened_store(store) as opened:
+        gone(opened.prune(int(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))), format)
 
 
-@_command(app, "clear")
+@command(app, "clear")
 def clear(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, store: Where = "auto", format: As = "text"
 ) -> None:
     """Remove everything that is kept."""
-    with _open(store) as opened:
-        keys = opened.keys()
+    with opened_store(store) as opened:
+        found = opened.keys()
         if not yes:
-            typer.confirm(f"Remove {len(keys)} entries of {opened.path}?", abort=True, err=True)
-        opened.remove(*keys)
-        _gone(keys, format)
+            typer.confirm(f"Remove {len(found)} entries of {opened.path}?", abort=True, err=True)
+        opened.remove(*found)
+        gone(found, format)
 
 
-def _gone(keys: list[str], format: str) -> None:
-    print(json.dumps({"removed": keys}) if format == "json" else f"{len(keys)} entries removed")
-
-
-@_command(app, "pack")
+@command(app, "pack")
 def pack(
     file: Annotated[str, typer.Argument(help="The file to write.")], store: Where = "auto", format: As = "text"
 ) -> None:
     """Write everything into one file, signed with your key."""
-    with _open(store) as opened, packing(file) as shelf:
+    with opened_store(store) as opened, packing(file) as shelf:
         moved = _follow(give(shelf, opened, Keys()), len(opened.keys()))
         _refuse_half(moved)
     _tell(moved, format)
 
 
-@_command(app, "push")
+@command(app, "push")
 def push(place: Elsewhere, store: Where = "auto", format: As = "text") -> None:
     """Put everything at a URL, signed with your key."""
     if not is_url(place):
         raise typer.BadParameter(f"found {place!r}, needed a URL; fluxfire megacache pack writes files")
-    with _open(store) as opened:
+    with opened_store(store) as opened:
         _tell(_follow(give(shelf_at(place), opened, Keys()), len(opened.keys())), format)
 
 
-@_command(app, "pull")
+@command(app, "pull")
 def pull(place: Elsewhere, store: Where = "auto", format: As = "text") -> None:
     """Take what a trusted key has signed from a file or a URL. Loading it means running its maker's code."""
     shelf = shelf_at(place)
-    with _open(store) as opened:
+    with opened_store(store) as opened:
         _tell(_follow(take(shelf, opened, Keys()), len(keys_on(shelf))), format)
 
 
-@_command(app, "sign")
+@command(app, "sign")
 def sign_there(place: Elsewhere, format: As = "text") -> None:
     """Sign everything in a file or at a URL with your key, whoever signed it before: you vouch for it."""
-    shelf, keys = shelf_at(place), Keys()
+    shelf, own = shelf_at(place), Keys()
     count = len(keys_on(shelf))
     if isinstance(shelf, Pack):
         with packing(place) as to:
-            moved = _follow(sign(shelf, to, keys), count)
+            moved = _follow(sign(shelf, to, own), count)
             _refuse_half(moved)
     else:
-        moved = _follow(sign(shelf, shelf, keys), count)
+        moved = _follow(sign(shelf, shelf, own), count)
     _tell(moved, format)
 
 
@@ -260,46 +206,3 @@ def _tell(moved: list[Moved], format: str) -> None:
 def _plain(entry: Moved) -> dict[str, str]:
     """One entry for JSON."""
     return {"key": entry.key, "what": entry.what, "reason": entry.reason}
-
-
-@_command(key_app, "new")
-def key_new(name: Annotated[str, typer.Argument(help="What you and others call it.")], format: As = "text") -> None:
-    """Make your own key, and trust it. What you pack, push and share is signed with it."""
-    keys = Keys()
-    public = keys.make(name)
-    if format == "json":
-        print(json.dumps({"key": public, "name": name, "folder": keys.path}))
-    else:
-        print(f"{public}\nOthers trust it with: fluxfire megacache key trust {public} '{name}'")
-
-
-@_command(key_app, "ls")
-def key_ls(format: As = "text") -> None:
-    """List the keys that are trusted; yours is marked."""
-    keys = Keys()
-    own = keys.own()
-    rows = [{"public": key, "name": name, "yours": key == own} for key, name in keys.trusted().items()]
-    _print(rows, format, ("public", "name", "yours"))
-
-
-@_command(key_app, "trust")
-def key_trust(
-    key: Annotated[str, typer.Argument(help="The public key: 64 hexadecimal digits.")],
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
-    format: As = "text",
-) -> None:
-    """Run from now on the compiled code that this key has signed. Who holds it can run any code as you."""
-    Keys().trust(key, name)
-    print(json.dumps({"key": key, "name": name}) if format == "json" else f"{name} is trusted")
-
-
-@_command(key_app, "untrust")
-def key_untrust(
-    key: Annotated[str, typer.Argument(help="The public key, or its name.")], store: Where = "auto", format: As = "text"
-) -> None:
-    """Trust a key no more, and remove what the store has from it."""
-    public = Keys().untrust(key)
-    with _open(store) as opened:
-        gone = [found.key for found in opened.manifests() if found.facts.get("signed_by") == public]
-        opened.remove(*gone)
-    _gone(gone, format)
