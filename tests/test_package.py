@@ -39,6 +39,8 @@ def test_wheel_contains_the_model_and_not_the_training_scripts(wheel: zipfile.Zi
     assert "fluxfire/demo/model/model_index.json" in names
     assert "fluxfire/demo/prompts.json" in names
     assert "fluxfire/py.typed" in names
+    page = ROOT / "src/fluxfire/serve/page"
+    assert {f"fluxfire/serve/page/{file.name}" for file in page.iterdir()} <= set(names)
     assert any(name.startswith("fluxfire/demo/") and name.endswith(".png") for name in names)
     assert not [name for name in names if not name.startswith(("fluxfire/", "fluxfire-"))]
     assert not [name for name in names if "training" in name or name.endswith((".npy", ".bin", ".pt", ".pkl"))]

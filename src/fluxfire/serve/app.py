@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import fluxfire
-from fluxfire.serve import inference, openai, status
+from fluxfire.serve import inference, openai, status, web
 from fluxfire.serve.desk import ClientGone, Desk
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import ServeError
@@ -46,7 +46,7 @@ def create_app(settings: Settings, cannot_start: Callable[[str], None] = log.err
         title="fluxfire", version=fluxfire.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )  # no pages that load scripts from elsewhere
     app.state.desk = desk
-    for routes in (inference.router, openai.router, status.router):
+    for routes in (inference.router, openai.router, status.router, web.router):
         app.include_router(routes)
     app.add_exception_handler(ServeError, _told)
     app.add_exception_handler(RequestValidationError, _unprocessable)

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fluxfire.serve.desk import ClientGone, Desk
 from fluxfire.serve.errors import ServeError, unavailable
 
-OPEN: Final = ("/livez", "/readyz", "/metrics", "/openapi.json")
-OPEN_FOLDER: Final = "/pictures/"  # who has the URL has the picture
+OPEN: Final = ("/", "/livez", "/readyz", "/metrics", "/openapi.json")
+OPEN_FOLDERS: Final = ("/page/", "/pictures/")  # who has the URL has the picture
 
 
 class Guard:
@@ -51,7 +51,7 @@ class Guard:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)
-        if path not in OPEN and not path.startswith(OPEN_FOLDER):
+        if path not in OPEN and not path.startswith(OPEN_FOLDERS):
             scope.setdefault("state", {})["owner"] = self._desk.access.who(headers.get("authorization"))
         if scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)

@@ -18,7 +18,8 @@ from fluxfire import ArgumentError, demo
 # Classes whose call the server knows, and whether it takes a picture to edit.
 CLASSES: Final = {"FluxPipeline": False, "FluxKontextPipeline": True}
 
-# What the page offers: prompts that a model draws well; the embedded one knows words for emoji and nothing else.
+# What the page offers, the first style chosen; the embedded model knows words for emoji and nothing else.
+STYLES: Final = ("", "photograph", "watercolour", "oil painting", "pencil drawing", "pixel art", "3D render")
 EXAMPLES: Final = ("a lighthouse in a storm", "a fox reading under a lamp", "a street market after rain")
 EMBEDDED_EXAMPLES: Final = ("octopus", "sailboat", "pineapple", "circus tent", "frog", "cupcake")
 
@@ -34,7 +35,7 @@ class Model:
     guidance: float = 3.5
     text_tokens: int = 512
     call: dict[str, Any] = field(default_factory=dict)  # arguments of every call
-    styles: tuple[str, ...] = ("photograph", "watercolour", "oil painting", "pencil drawing", "pixel art", "3D render")
+    styles: tuple[str, ...] = STYLES
     examples: tuple[str, ...] = EXAMPLES
 
     @property
@@ -86,6 +87,6 @@ def _embedded(dtype: torch.dtype) -> Model:
         28,
         guidance,
         tokens,
-        styles=demo.STYLES,
+        styles=demo.STYLES[::-1],
         examples=EMBEDDED_EXAMPLES,
     )
