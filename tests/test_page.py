@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from serving import Served, ask, lines, metric, open_picture, png, post_by_hand, wait_until
+from serving import WAIT_S, Served, ask, lines, metric, open_picture, png, wait_until
 
 import fluxfire
 
@@ -22,7 +23,7 @@ if CHROMIUM is None:
 Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = sync_api.expect
-expect.set_options(timeout=60_000)
+expect.set_options(timeout=WAIT_S * 1000)
 
 # Without the quiet flags Chromium speaks to its maker's hosts at every start.
 FLAGS = (
@@ -51,7 +52,7 @@ class Seen:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
         page.on("request", lambda request: self.asked.append(request))
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(WAIT_S * 1000)
 
     def __getitem__(self, css: str) -> Any:
         return self.page.locator(css)
@@ -72,6 +73,22 @@ class Seen:
     def make(self, prompt: str, **numbers: object) -> None:
         self.write(prompt, **numbers)
         self["#make"].click()
+
+    def record(self, css: str) -> Callable[[], list[str]]:
+        """Every text and description that these elements have from now on."""
+        self.page.evaluate(
+            """(css) => {
+                window.recorded = [];
+                const observer = new MutationObserver((changes) => {
+                    for (const { target } of changes) window.recorded.push(target.alt ?? target.textContent);
+                });
+                for (const element of document.querySelectorAll(css)) {
+                    observer.observe(element, { attributes: true, childList: true });
+                }
+            }""",
+            css,
+        )
+        return lambda: self.page.evaluate("window.recorded")
 
     def orders(self) -> list[dict[str, Any]]:
         """What `/inference` was asked for."""
@@ -140,21 +157,34 @@ def test_picture_and_baseline_stand_side_by_side_with_their_figures(page: Seen, 
         assert open_picture((tmp_path / name).read_bytes()).size == (128, 128)
 
 
-def test_keyboard_alone_makes_a_picture_and_cancels_one_on_the_way(page: Seen, served: Served, serve_log: Path):
+def test_steps_and_previews_are_shown_as_they_come(page: Seen):
+    shown = page.record("#told, #after")
+    page["#compare"].uncheck()
+    page.make("teapot", steps=6, width=32, height=32)
+    expect(page["#actions"]).to_be_visible()
+    expect(page["#slider"]).to_be_hidden()
+    texts = shown()
+    assert "On the way" in texts
+    for step in range(1, 7):
+        assert [text for text in texts if re.fullmatch(rf"Picture: step {step} of 6, \d reused\.", text)]
+    assert len(page.orders()) == 1
+
+
+def test_keyboard_alone_makes_a_picture_and_cancels_one(page: Seen, served: Served, serve_log: Path):
     keys = page.page.keyboard
-    page.write("slow and called off", steps=100, width=16, height=16)
-    keys.press("ControlOrMeta+Enter")
-    expect(page["#after"]).to_have_attribute("alt", "On the way")
-    expect(page["#told"]).to_contain_text(re.compile(r"Picture: step \d+ of 100, \d+ reused"))
-    expect(page["#cancel"]).to_be_focused()
-    keys.press("Escape")
-    expect(page["#told"]).to_have_text("Cancelled.")
-    expect(page["#make"]).to_be_focused()
-    wait_until(lambda: metric(served, "fluxfire_running_pictures") == 0)
-    assert len([line for line in lines(serve_log, "step") if "called off" in line]) < 100
+    page.write("held and called off", steps=100, width=16, height=16)
+    with served.shut():
+        keys.press("ControlOrMeta+Enter")
+        expect(page["#told"]).to_have_text("Picture: begun.")
+        expect(page["#cancel"]).to_be_focused()
+        keys.press("Escape")
+        expect(page["#told"]).to_have_text("Cancelled.")
+        expect(page["#make"]).to_be_focused()
+        wait_until(lambda: metric(served, 'fluxfire_rejections_total{code="client_gone"}') > 0)
     page.write("teapot", steps=2)
     keys.press("ControlOrMeta+Enter")
     expect(page["#actions"]).to_be_visible()
+    assert len(lines(serve_log, "step", "called off")) < 100
     page["#slider"].focus()
     for name in ("download", "download-before", "edit", "another"):  # in this order, none left out
         keys.press("Tab")
@@ -212,17 +242,15 @@ def test_picture_can_be_edited_on_and_has_another_seed(page: Seen):
 
 
 def test_full_queue_is_waited_for(seen: Seen, served: Served, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(served.engine.queue, "limit", 16 * 16 * 100)
-    slow = b'{"prompt": "slow", "steps": 100, "width": 16, "height": 16}'
+    monkeypatch.setattr(served.engine.queue, "limit", 16 * 16 * 2)
     seen.open(served.url)
-    first = post_by_hand(served, "/inference", slow)
-    wait_until(lambda: metric(served, "fluxfire_running_pictures") == 1)
-    second = post_by_hand(served, "/inference", slow)
-    wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
-    seen.make("teapot", steps=2, width=16, height=16)
-    expect(seen["#told"]).to_contain_text("The queue is full. Trying again in")
-    second.close()
-    first.close()
+    with ThreadPoolExecutor(1) as pool:
+        with served.held(height=16):
+            waiting = pool.submit(ask, served, width=16, height=16)
+            wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 1)
+            seen.make("teapot", steps=2, width=16, height=16)
+            expect(seen["#told"]).to_contain_text("The queue is full. Trying again in")
+        assert waiting.result().status_code == 200
     expect(seen["#actions"]).to_be_visible()
     assert all("429" in error for error in seen.errors)
 
