@@ -64,7 +64,7 @@ class Cluster:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.pids = folder / "pids"
-        self.gate = folder / "held"  # where it is, a worker stays in its step when the prompt says "held"
+        self._gate = folder / "held"  # where it is, a worker stays in its step when the prompt says "held"
         self.pids.mkdir()
         environment = os.environ | with_tests_on_path()
         environment |= {
@@ -88,6 +88,15 @@ class Cluster:
 
     def ask(self, **fields: Any) -> httpx2.Response:
         return self.http.post("/inference", json={"prompt": PROMPT, "steps": 2} | fields)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the workers in the step of a prompt that says "held"."""
+        self._gate.touch()
+        try:
+            yield
+        finally:
+            self._gate.unlink()
 
     def running(self) -> int:
         """How many replicas run, by Ray."""
@@ -184,13 +193,11 @@ def test_load_spreads_over_the_replicas(cluster: Cluster):
 @pytest.mark.slow
 def test_more_than_fits_is_refused_with_429_and_when_to_come_again(cluster: Cluster):
     answers: list[httpx2.Response] = []
-    cluster.gate.touch()
-    with ThreadPoolExecutor(40) as pool:  # 2 x 2 are taken, 8 wait
+    with ThreadPoolExecutor(40) as pool, cluster.held():  # 2 x 2 are taken, 8 wait
         for seed in range(40):
             pool.submit(lambda seed=seed: answers.append(cluster.ask(prompt="held", seed=seed)))
         wait_until(lambda: len(answers) >= 24)
         early = {answer.status_code for answer in answers}
-        cluster.gate.unlink()
     assert early == {429}
     assert {answer.headers["retry-after"] for answer in answers[:24]} == {"5"}
     statuses = [answer.status_code for answer in answers]
@@ -200,16 +207,15 @@ def test_more_than_fits_is_refused_with_429_and_when_to_come_again(cluster: Clus
 
 @pytest.mark.slow
 def test_a_client_that_goes_is_worked_for_no_longer(cluster: Cluster):
-    cluster.gate.touch()
-    with pytest.raises(httpx2.ReadTimeout):
-        cluster.http.post("/inference", json={"prompt": "held"}, timeout=2)
+    with cluster.held():
+        with pytest.raises(httpx2.ReadTimeout):
+            cluster.http.post("/inference", json={"prompt": "held"}, timeout=2)
 
-    def gone() -> bool:
-        found = re.findall(r'rejections_total{code="client_gone"} (\S+)', cluster.http.get("/metrics").text)
-        return bool(found) and float(found[0]) > 0
+        def gone() -> bool:
+            found = re.findall(r'rejections_total{code="client_gone"} (\S+)', cluster.http.get("/metrics").text)
+            return bool(found) and float(found[0]) > 0
 
-    wait_until(gone)
-    cluster.gate.unlink()
+        wait_until(gone)
 
 
 @pytest.mark.slow

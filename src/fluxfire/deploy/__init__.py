@@ -1,1 +1,1 @@
-"""The server of `fluxfire.serve` on many machines: `ray_app.py` for Ray Serve."""
+"""The server of `fluxfire.serve` on many machines: `ray_app.py` for Ray Serve, `modal_app.py` for Modal."""

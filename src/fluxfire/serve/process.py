@@ -53,10 +53,14 @@ class WorkerProcess:
         """The next message; None when the worker has died."""
         return await wire.read_async(self._stdout)
 
-    async def end(self) -> int:
-        """Ends the process, whatever it does at the moment; its exit status."""
+    def kill(self) -> None:
+        """Ends the process, whatever it does at the moment."""
         if self._process.returncode is None:
             self._process.kill()
+
+    async def end(self) -> int:
+        """Ends the process and waits for that; its exit status."""
+        self.kill()
         status = await self._process.wait()
         await self._printing
         return status

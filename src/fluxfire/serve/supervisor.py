@@ -1,6 +1,8 @@
 """The worker's life: started, warmed, fed with batches, watched, and replaced when it dies.
 
 A worker that says nothing for too long in the middle of a batch is taken for hung and ended: a death like another.
+While `let_go` is not set a worker is *held*: it has imported what it needs and touched no GPU, and loads its model when
+told. That is where a process can be frozen, to go on later in other places (`fluxfire.deploy`).
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class Supervisor:
         self._owner, self._silence_s = owner, settings.silence_s
         self._options, self._environment = settings.worker_options(), settings.worker_environment()
         self.worker: WorkerProcess | None = None
+        self.held, self.let_go = asyncio.Event(), asyncio.Event()
+        self.let_go.set()
         self._idle = asyncio.Event()
         self._heard = 0.0
 
@@ -61,7 +65,8 @@ class Supervisor:
         """Until cancelled."""
         pause = 0.0
         while True:
-            worker = self.worker = await WorkerProcess.start(self._options, self._environment)
+            options = self._options | {"hold": not self.let_go.is_set()}
+            worker = self.worker = await WorkerProcess.start(options, self._environment)
             try:
                 if await self._warm(worker):
                     pause = 0.0
@@ -81,6 +86,11 @@ class Supervisor:
 
     async def _warm(self, worker: WorkerProcess) -> bool:
         message = await worker.receive()
+        if message and message.kind == "held":
+            self.held.set()
+            await self.let_go.wait()
+            await worker.send(Message("load"))
+            message = await worker.receive()
         if message is None:
             return False
         if message.kind == "refused":

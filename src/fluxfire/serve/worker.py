@@ -1,8 +1,8 @@
 """The worker: a process that owns one pipeline and makes one batch after the other.
 
-It reads messages on its standard input ("run", "cancel") and writes on its standard output ("ready", "step", "preview",
-"done", "failed", "idle"); whatever a library prints goes to standard error. When its input ends it exits at once: no
-server, no reason to compute.
+It reads messages on its standard input ("load", "run", "cancel") and writes on its standard output ("held", "ready",
+"step", "preview", "done", "failed", "idle"); whatever a library prints goes to standard error. When its input ends it
+exits at once: no server, no reason to compute.
 
 Out of memory, in this order: the pictures of the batch one by one; then with the decoder in tiles; then the picture is
 given up and its client told, and the next request finds the memory freed.
@@ -47,6 +47,8 @@ class Worker:
     def main(self) -> None:
         """Loads, warms up, then works until the input ends."""
         threading.Thread(target=self._listen, daemon=True).start()
+        if self._options["hold"]:
+            self._hold()
         try:
             self._model = self._load()
             facts = self._warm()
@@ -58,6 +60,14 @@ class Worker:
         self._send("ready", facts=dataclasses.asdict(facts), **self._counters())
         while True:
             self._run(self._runs.get())
+
+    def _hold(self) -> None:
+        """Imports what loading would, then waits to be told; the GPU need not be there yet."""
+        from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline  # noqa: F401
+        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel  # noqa: F401
+
+        self._send("held")
+        self._runs.get()
 
     def _load(self) -> Model:
         options = self._options
