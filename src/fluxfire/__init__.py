@@ -24,9 +24,11 @@ from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.setting import Fingerprint, Setting
 from fluxfire.share import load_megacache, save_megacache
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks
 from fluxfire.stats import ArtifactStats, CacheCall, CacheStats, CompileStats, Report, TorchCacheStats
+from fluxfire.tuning import Trial, tune
 from fluxfire.warm import warm
 
 __version__ = "0.1.0"
@@ -39,15 +41,18 @@ __all__ = [
     "CacheStats",
     "CompileStats",
     "CopyError",
+    "Fingerprint",
     "FluxfireError",
     "NotFluxError",
     "NotOptimizedError",
     "Plan",
     "Report",
+    "Setting",
     "Skip",
     "Step",
     "StepError",
     "TorchCacheStats",
+    "Trial",
     "UndoError",
     "__version__",
     "apply_cache",
@@ -73,5 +78,6 @@ __all__ = [
     "restore_pipeline",
     "save_megacache",
     "set_cache_threshold",
+    "tune",
     "warm",
 ]

@@ -5,6 +5,8 @@ How it works stands in `first_block.py`; `paraattn.py` is the same with ParaAtte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, Literal, cast
 
@@ -14,8 +16,9 @@ from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, parallel
 from fluxfire.errors import ArgumentError, NotOptimizedError
 from fluxfire.first_block import Batch, FirstBlockCache
 from fluxfire.paraattn import ParaAttnCache, check_paraattn
-from fluxfire.patches import applying, handle_of
+from fluxfire.patches import applying, handle_of, unmark
 from fluxfire.plan import Handle, Step
+from fluxfire.setting import Setting, Threshold, threshold_of
 from fluxfire.stats import CacheStats
 
 Backend = Literal["fluxfire", "para-attn"]
@@ -24,7 +27,7 @@ BACKENDS: Final = ("fluxfire", "para-attn")
 
 def check_cache(
     pipe: Any,
-    threshold: float = 0.12,
+    threshold: Threshold = 0.12,
     *,
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
@@ -34,10 +37,10 @@ def check_cache(
     """Why `apply_cache` with these arguments would refuse this pipeline, or None.
 
     Raises:
-        ArgumentError: an argument that no pipeline could take.
+        ArgumentError: an argument that no pipeline could take, or a setting found on another model.
         NotFluxError: `pipe` is no FLUX pipeline.
     """
-    _check_threshold(threshold)
+    _, setting = threshold_of(threshold)
     if not _is_count(warmup_steps, 0):
         raise ArgumentError(f"warmup_steps: found {warmup_steps!r}, needed a number of steps, 0 or more")
     if max_consecutive_hits is not None and not _is_count(max_consecutive_hits, 1):
@@ -49,6 +52,8 @@ def check_cache(
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: found {backend!r}, needed one of {', '.join(map(repr, BACKENDS))}")
     denoiser = denoiser_of(pipe)
+    if setting:
+        setting.check(pipe, _knobs(backend, warmup_steps, max_consecutive_hits, batch))
     blocks = family_of(pipe).blocks(denoiser)
     if len(blocks) < 2:
         return f"found {len(blocks)} block in {type(denoiser).__name__}, needed at least 2: there is nothing to skip"
@@ -63,7 +68,7 @@ def check_cache(
 
 def apply_cache(
     pipe: Any,
-    threshold: float = 0.12,
+    threshold: Threshold = 0.12,
     *,
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
@@ -76,6 +81,8 @@ def apply_cache(
         pipe: a FLUX pipeline, changed in place.
         threshold: relative L1 distance below which a call is a hit. 0 never hits and is bit-identical. 0.12 is what
             ParaAttention's article uses for FLUX.1-dev with float8 (its own measurements, 28 steps at 1024x1024).
+            Or what `tune` found, or the path of its file: another model is refused, and runs with another number of
+            steps are computed without hits.
         warmup_steps: the first steps of every run that are always computed.
         max_consecutive_hits: most hits in a row for one sample; None for no limit.
         batch: "sample": each sample of a batch decides for itself; "any": one miss computes all.
@@ -88,31 +95,40 @@ def apply_cache(
         ArgumentError, NotFluxError, StepError: nothing was changed.
     """
     own = backend == "fluxfire"
+    number, setting = threshold_of(threshold)
     knobs: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
-    reason = check_cache(pipe, threshold, batch=batch, backend=backend, **knobs)
-    knobs = knobs | {"batch": batch} if own else {"backend": backend}
-    with applying(pipe, Step("cache", "approximate", (("threshold", threshold), *knobs.items())), reason) as handle:
+    reason = check_cache(pipe, setting or number, batch=batch, backend=backend, **knobs)
+    settings = _settings(number, setting, _knobs(backend, warmup_steps, max_consecutive_hits, batch))
+    with applying(pipe, Step("cache", "approximate", settings), reason) as handle:
         cache = FirstBlockCache(pipe, warmup_steps, max_consecutive_hits, batch) if own else ParaAttnCache(pipe)
-        cache.threshold = float(threshold)
+        cache.threshold, cache.steps = float(number), setting.steps if setting else None
         cache.install(handle)
         handle.states["cache"] = cache
     return pipe
 
 
-def set_cache_threshold(pipe: Any, threshold: float) -> Any:
+def set_cache_threshold(pipe: Any, threshold: Threshold) -> Any:
     """Changes the threshold of an applied cache, from the next denoiser call on: no rewrapping, no recompilation.
 
     Raises:
-        ArgumentError: not a number of 0 or more.
+        ArgumentError: not a number of 0 or more, nor a setting, or one that was found on another model or cache.
         NotOptimizedError: the pipeline has no cache.
     """
-    _check_threshold(threshold)
-    _cache_of(pipe).threshold = float(threshold)
+    number, setting = threshold_of(threshold)
+    cache, knobs = _cache_of(pipe), cache_knobs(pipe)
+    if setting:
+        setting.check(pipe, knobs)
+    cache.threshold, cache.steps = float(number), setting.steps if setting else None
     steps = cast(Handle, handle_of(pipe)).steps
     index = next(i for i, step in enumerate(steps) if step.name == "cache")
-    settings = dict(steps[index].settings) | {"threshold": threshold}
-    steps[index] = replace(steps[index], settings=tuple(settings.items()))
+    steps[index] = replace(steps[index], settings=_settings(number, setting, knobs))
     return pipe
+
+
+def cache_knobs(pipe: Any) -> dict[str, Any]:
+    """The settings of an applied cache, the threshold apart."""
+    step = next(step for step in cast(Handle, handle_of(pipe)).steps if step.name == "cache")
+    return {name: value for name, value in step.settings if name not in ("threshold", "tuned")}
 
 
 def cache_stats(pipe: Any) -> CacheStats:
@@ -122,6 +138,37 @@ def cache_stats(pipe: Any) -> CacheStats:
         NotOptimizedError: the pipeline has no cache.
     """
     return _cache_of(pipe).stats()
+
+
+@contextmanager
+def borrowed_cache(pipe: Any) -> Iterator[FirstBlockCache]:
+    """The pipeline's cache, or one for as long as this lasts; what runs leave behind meanwhile goes with it.
+
+    Runs put other values at attributes of the pipeline, the scheduler and the cache (tables, counts), and write into
+    none, so that putting the old ones back is enough. Offload hooks, which diffusers makes anew with every run, stay.
+    """
+    before = handle_of(pipe)
+    start = len(before.patch) if before else 0
+    own = not before or "cache" not in before.states
+    if own:
+        apply_cache(pipe, 0)
+    handle, cache = cast(Handle, handle_of(pipe)), _cache_of(pipe)
+    found = [(owner, dict(vars(owner))) for owner in (pipe, pipe.scheduler, cache, cache._reader, handle.denoiser)]
+    cache.steps = None
+    try:
+        yield cache
+    finally:
+        for owner, attributes in found:
+            for name in vars(owner).keys() - attributes.keys():
+                delattr(owner, name)
+            if owner is not handle.denoiser:
+                vars(owner).update((name, value) for name, value in attributes.items() if name != "_all_hooks")
+        if own:
+            handle.patch.undo(start)
+            del handle.states["cache"]
+            handle.steps.pop()
+            if not before:
+                unmark(handle)
 
 
 def _cache_of(pipe: Any) -> FirstBlockCache:
@@ -136,7 +183,12 @@ def _is_count(value: object, least: int) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check_threshold(threshold: float) -> None:
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not threshold >= 0:  # nan is not >= 0
-        raise ArgumentError(f"threshold: found {threshold!r}, needed a number of 0 (never hits) or more, such as 0.12")
+def _knobs(backend: Backend, warmup_steps: int, max_consecutive_hits: int | None, batch: Batch) -> dict[str, Any]:
+    own = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
+    return own if backend == "fluxfire" else {"backend": backend}
+
+
+def _settings(threshold: float, setting: Setting | None, knobs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Of the step, as the report shows them."""
+    tuned = (("tuned", str(setting)),) if setting else ()
+    return (("threshold", threshold), *knobs.items(), *tuned)

@@ -2,7 +2,7 @@
 
 FluxfireError
 ├── NotFluxError      (TypeError)     the object is not a FLUX pipeline with a denoiser
-├── ArgumentError     (ValueError)    an argument that no pipeline could take
+├── ArgumentError     (ValueError)    an argument that no pipeline could take, or a setting of another model
 ├── StepError         (RuntimeError)  this step cannot be applied to this pipeline now; nothing was changed
 ├── UndoError         (RuntimeError)  somebody else holds what we would put back; nothing was changed
 ├── ArtifactError     (RuntimeError)  compiled code could not be carried: not signed by a trusted key, damaged
@@ -20,7 +20,7 @@ class NotFluxError(FluxfireError, TypeError):
 
 
 class ArgumentError(FluxfireError, ValueError):
-    """An argument that no pipeline could take: a threshold below 0, an unknown mode."""
+    """An argument that no pipeline could take, such as a threshold below 0, or a setting found on another model."""
 
 
 class StepError(FluxfireError, RuntimeError):

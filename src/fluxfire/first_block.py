@@ -69,6 +69,7 @@ class FirstBlockCache:
 
     def __init__(self, pipe: Any, warmup_steps: int, max_consecutive_hits: int | None, batch: Batch) -> None:
         self.threshold = 0.0
+        self.steps: int | None = None  # the only number of denoising steps in which calls may hit; None: any
         self._warmup_steps = warmup_steps
         self._max_consecutive_hits = max_consecutive_hits
         self._batch = batch
@@ -77,7 +78,7 @@ class FirstBlockCache:
         self._local = threading.local()  # .present: each thread has a call of its own under way
         self._run = -1
         self._last_run: list[CacheCall] = []
-        self._hits = self._computed = 0
+        self._hits = self._computed = self._other_steps = 0
 
     def install(self, handle: Handle) -> None:
         """Puts the cache around the denoiser and its blocks."""
@@ -93,7 +94,8 @@ class FirstBlockCache:
         kept = [t for state in self._reader.states() for t in (state.first, state.size, state.rest) if t is not None]
         held = sum(tensor.nbytes for tensor in kept)
         outside = self._reader.outside
-        return CacheStats(self.threshold, self._hits, self._computed, outside, tuple(self._last_run), held)
+        other = self._other_steps
+        return CacheStats(self.threshold, self._hits, self._computed, outside, tuple(self._last_run), held, other)
 
     @property
     def _present(self) -> _Present | None:
@@ -103,6 +105,8 @@ class FirstBlockCache:
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Opens the state of this call's guidance branch, then calls on."""
         call = self._reader.read(args, kwargs)
+        if self.steps not in (None, call.steps):
+            call.state, self._other_steps = None, self._other_steps + 1
         self._local.present = _Present(call)
         try:
             return forward(*args, **kwargs)

@@ -20,6 +20,7 @@ from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
 from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
+from fluxfire.setting import Threshold
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks, has_static_blocks
 from fluxfire.stats import Report
 
@@ -45,7 +46,7 @@ RECIPES: Final = {
 def plan_pipeline(
     pipe: Any,
     *,
-    cache_threshold: float | None = 0.12,
+    cache_threshold: Threshold | None = 0.12,
     compile: bool | str = True,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
@@ -60,7 +61,8 @@ def plan_pipeline(
 
     Args:
         pipe: a FLUX pipeline.
-        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
+        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits. Or what `tune`
+            found, or the path of its file.
         compile: True, False, or a mode of torch by name (`apply_compile`).
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
@@ -72,7 +74,7 @@ def plan_pipeline(
         strict: raise for the first step that would be left out.
 
     Raises:
-        ArgumentError: an argument that no pipeline could take.
+        ArgumentError: an argument that no pipeline could take, or a setting found on another model.
         NotFluxError: `pipe` is no FLUX pipeline.
         StepError: with `strict`, the reason of the first skip.
     """
@@ -110,7 +112,7 @@ def plan_pipeline(
 def optimize_pipeline(
     pipe: Any,
     *,
-    cache_threshold: float | None = 0.12,
+    cache_threshold: Threshold | None = 0.12,
     compile: bool | str = True,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
@@ -127,7 +129,8 @@ def optimize_pipeline(
 
     Args:
         pipe: a FLUX pipeline, on the device and in the data type in which it will run.
-        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits.
+        cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits. Or what `tune`
+            found, or the path of its file.
         compile: True, False, or a mode of torch by name (`apply_compile`).
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).

@@ -48,6 +48,7 @@ class Call(Generic[State]):
     noise_tokens: int
     splits: bool  # whether its samples can be computed apart
     state: State | None  # what is kept for this branch; None for a call that can neither hit nor be compared with
+    steps: int = 0  # that the scheduler holds
 
 
 @dataclass(slots=True)
@@ -91,19 +92,20 @@ class RunReader(Generic[State]):
         inputs = self._signature.bind(*args, **kwargs).arguments
         batch = inputs["hidden_states"].shape[0]
         timesteps, key = self._schedule(inputs)
+        steps = 0 if timesteps is None else len(timesteps)
         if timesteps is not self._timesteps or (key < self._key and self._thread == threading.get_ident()):
             self.reset()
             self._timesteps = timesteps
         if self._thread != threading.get_ident() or (timesteps is not None and key >= len(timesteps)):
             self.outside += 1
-            return Call(self._run, max(self._step, 0), 0, batch, 0, True, None)
+            return Call(self._run, max(self._step, 0), 0, batch, 0, True, None, steps)
         if key != self._key:
             self._key, self._step, self._ordinal = key, self._step + 1, 0
         branch, self._ordinal = self._ordinal, self._ordinal + 1
         known = self._open(branch, inputs) if branch < MAX_BRANCHES else None
         self.outside += branch >= MAX_BRANCHES
         noise_tokens, state = (known.noise_tokens, known.state) if known else (0, None)
-        return Call(self._run, self._step, branch, batch, noise_tokens, self._family.splits(inputs), state)
+        return Call(self._run, self._step, branch, batch, noise_tokens, self._family.splits(inputs), state, steps)
 
     def states(self) -> list[State]:
         """What is kept now, branch by branch."""

@@ -30,7 +30,8 @@ class CacheStats:
     """Counts since `apply_cache` in samples x denoiser calls, the last run call by call, and the memory held now.
 
     `outside` counts denoiser calls that belonged to no run of this pipeline, and so were computed: made after the last
-    step, from another thread than the run's, or more than four a step.
+    step, from another thread than the run's, or more than four a step. `other_steps` counts those of runs with another
+    number of steps than that of the `Setting` in use: computed too.
     """
 
     threshold: float
@@ -39,6 +40,7 @@ class CacheStats:
     outside: int
     last_run: tuple[CacheCall, ...]
     kept_bytes: int
+    other_steps: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -139,6 +141,9 @@ class Report:
                 rows.append(
                     ("warning", f"{cache.outside} denoiser calls outside of this pipeline's runs were not cached")
                 )
+            if cache.other_steps:
+                calls = f"{cache.other_steps} denoiser calls were in runs of another number of steps than the setting's"
+                rows.append(("warning", f"{calls}, and computed: call fluxfire.tune(pipe, prompts, ...) with yours"))
         if graphs := self.compile:
             counts = f"{graphs.graphs} compiled, {graphs.recompilations} of them recompilations"
             rows.append(("graphs", f"{counts}, {graphs.graph_breaks} graph breaks, {graphs.seconds:.1f} s"))
