@@ -398,5 +398,5 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     for path, message in (("absent", "No such file"), ("text", "found float, needed format"), ("bytes", "codec")):
         with pytest.raises(ArgumentError, match=message):
             Setting.load(tmp_path / path)
-    with pytest.raises(ArgumentError, match=r"setting '0\.12'.*No such file"):
+    with pytest.raises(ArgumentError, match=r"threshold: found '0\.12', no setting.*No such file"):
         fluxfire.apply_cache(make_pipe(FluxPipeline), "0.12")

@@ -101,18 +101,17 @@ class Setting:
         Raises:
             ArgumentError: no such file, or it is none of a setting.
         """
+        no = f"threshold: found {str(path)!r}, no setting that fluxfire.tune has found"
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArgumentError(
-                f"setting {str(path)!r}: {error}; needed a file that fluxfire.tune's save wrote"
-            ) from None
+            raise ArgumentError(f"{no}: {error}") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             what = f"format {found.get('format')!r}" if isinstance(found, dict) else type(found).__name__
-            raise ArgumentError(f"setting {str(path)!r}: found {what}, needed format {FORMAT}: tune anew")
+            raise ArgumentError(f"{no}: found {what}, needed format {FORMAT}: tune anew")
         names = {field.name for field in fields(cls)}
         if wrong := sorted(names ^ (found.keys() - {"format"})) or [n for n in names if not _plausible(n, found[n])]:
-            raise ArgumentError(f"setting {str(path)!r}: {', '.join(sorted(wrong))} missing or not as saved: tune anew")
+            raise ArgumentError(f"{no}: {', '.join(sorted(wrong))} missing or not as saved: tune anew")
         model = Fingerprint(**found["model"])
         return cls(**{n: found[n] for n in names} | {"model": model, "cache": tuple(found["cache"].items())})
 
