@@ -1,4 +1,5 @@
 """The command line: `fluxfire demo`, `bench`, `serve`, `doctor`, `warm`, `megacache`.
+"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire tune`, `fluxfire serve`, `fluxfire doctor`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
 `--format json` means the same for every command: that line, and nothing for people.
@@ -157,6 +158,77 @@ def doctor(format: Format = "text") -> None:
         print(as_text(findings), file=sys.stderr)
     print(json.dumps({"ok": not missing, "missing": missing, "findings": [asdict(finding) for finding in findings]}))
     raise typer.Exit(bool(missing))
+
+
+@app.command()
+def tune(
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line, or a .json: a list of texts and of calls.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Most difference of a picture, root mean square, 1 from black to white: 0.02.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Denoiser calls by computed ones: 1.5.")] = None,
+    quantile: Annotated[float, typer.Option(help="Share of the prompts that keep to --max-error.")] = 0.9,
+    model: Annotated[str, typer.Option(help="embedded, or a folder or repository for from_pretrained.")] = "embedded",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 28,
+    size: Annotated[str, typer.Option(help="Width x height; the model's own if left out.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next one has the next.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Examples, where there is no --prompts.")] = 8,
+    device: Annotated[str | None, typer.Option(help="As torch names it; a GPU if there is one.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="float32 on a CPU, else bfloat16.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer blocks.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for the setting and the sheet.")] = Path("fluxfire-tune"),
+    format: Format = "text",
+) -> None:
+    """Find the cache's threshold on your prompts, from an error or a speed, and show the pictures."""
+    _need("demo", "rich", "PIL")
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from fluxfire import demo as embedded
+    from fluxfire import tune as find
+    from fluxfire.bench import prompts as listed
+    from fluxfire.bench.sheet import ContactSheet
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check(out, device)
+    call: dict[str, Any] = {"num_inference_steps": steps}
+    if size:
+        width, by, height = size.partition("x")
+        if not (by and width.isdecimal() and height.isdecimal()):
+            raise typer.BadParameter(f"found {size!r}, needed such as 1024x1024", param_hint="--size")
+        call |= {"width": int(width), "height": int(height)}
+    if prompts is None and model != "embedded":
+        raise typer.BadParameter("needed a file: the examples are the embedded model's", param_hint="--prompts")
+    jobs = listed.read(prompts) if prompts else listed.examples(count)
+    number_type = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    _quieten_loading()
+    if model == "embedded":
+        pipe, call = embedded.load_pipeline(dtype=number_type), embedded.call_kwargs() | call
+    else:
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=number_type)
+    optimize_pipeline(pipe.to(device), cache_threshold=0, compile=compile)
+    sheet = ContactSheet(out, [str(job.get("prompt", "")) for job in jobs])
+    quiet = False if format == "json" else None
+    setting = find(
+        pipe,
+        jobs,
+        max_error=max_error,
+        speedup=speedup,
+        quantile=quantile,
+        call=call,
+        seed=seed,
+        on_trial=sheet,
+        progress=quiet,
+    )
+    setting.save(out / "setting.json")
+    files = [str(out / "setting.json"), *map(str, sheet.save(setting))]
+    if format == "text":
+        print(f"{setting}\n{setting.pictures} pictures were made; {', '.join(files)}", file=sys.stderr)
+    print(json.dumps(setting.as_dict() | {"files": files}, allow_nan=False))
 
 
 def _need(extra: str, *modules: str) -> None:
