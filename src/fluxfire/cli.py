@@ -1,5 +1,4 @@
-"""The command line: `fluxfire demo`, `bench`, `serve`, `doctor`, `warm`, `megacache`.
-"""The command line: `fluxfire demo`, `fluxfire bench`, `fluxfire tune`, `fluxfire serve`, `fluxfire doctor`.
+"""The command line: `fluxfire demo`, `bench`, `tune`, `serve`, `doctor`, `warm`, `megacache`.
 
 What a person reads goes to stderr, one line of JSON at the end to stdout, so that `fluxfire demo | jq .text` works.
 `--format json` means the same for every command: that line, and nothing for people.
