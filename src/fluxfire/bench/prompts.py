@@ -15,15 +15,13 @@ from fluxfire.demo.compare import example_jobs
 
 def examples(count: int) -> list[dict[str, Any]]:
     """The embedded model's first cases, half of them edits, with their own seeds."""
-    text, edit = count - count // 2, count // 2
-    jobs = [job for job in example_jobs(text) if job.kind == "text" or edit]
-    edits = [job for job in jobs if job.kind == "edit"][:edit]
-    jobs = [job for job in jobs if job.kind == "text"] + edits
-    return [
-        {"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed)}
-        | ({"image": job.reference} if job.reference else {})
-        for job in jobs
-    ]
+    found = example_jobs(count - count // 2)
+    jobs = [job for job in found if job.kind == "text"] + [job for job in found if job.kind == "edit"][: count // 2]
+    calls: list[dict[str, Any]] = []
+    for job in jobs:
+        picture: dict[str, Any] = {"image": job.reference} if job.reference else {}
+        calls.append({"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed), **picture})
+    return calls
 
 
 def read(path: Path) -> list[dict[str, Any]]:
