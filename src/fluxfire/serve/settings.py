@@ -28,58 +28,61 @@ class ApiKey(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Every setting with its default."""
+    """Every setting with its default. Its comment is its line in docs/serving.md."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FLUXFIRE_", env_file=".env", extra="ignore", frozen=True, protected_namespaces=()
+        env_prefix="FLUXFIRE_",
+        env_file=".env",
+        env_parse_none_str="null",
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
     )
 
-    # The model (model.py says how one is named).
-    model: str = "embedded"
+    # The model
+    model: str = "embedded"  # "embedded"; a folder or Hub repository; "module:function" that makes the pipeline
     name: str | None = None  # what clients call it; None: its own
     device: str = "auto"  # a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float32 on a CPU, else bfloat16
-    cache_threshold: Annotated[float, Field(ge=0)] | None = 0.12
+    cache_threshold: Annotated[float, Field(ge=0)] | None = 0.12  # for requests that say none; null: no cache at all
     compile: bool | Literal["auto"] = "auto"  # on a GPU; on a CPU it takes 20 s and more at every start
     warm_sizes: tuple[tuple[Positive, Positive], ...] = ()  # (width, height); none: the model's own size
-    hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
+    hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")  # for gated models; the worker gets it
 
-    # Who may connect.
-    host: str = "127.0.0.1"
+    # Who may connect
+    host: str = "127.0.0.1"  # the address to listen on
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: a free one
-    api_keys: tuple[ApiKey, ...] = ()
-    public_url: str | None = (
-        None  # how clients reach the server, for the URLs of pictures; None: the Host that they name
-    )
+    api_keys: tuple[ApiKey, ...] = ()  # [{"name", "key", "pictures_per_minute"}, ...]; none: everybody may ask
+    public_url: str | None = None  # the server's, in the URLs of pictures; none: the Host that clients name
 
-    # How much.
-    max_body_bytes: Positive = 20 * MIB
-    max_input_pixels: Positive = 2**24
-    max_pixels: Positive = 2048 * 2048
-    max_steps: Positive = 100
-    max_pictures: Positive = 10
-    max_open_requests: Positive = 512
-    max_batch: Positive = 4
-    queue_cost: Positive = 32 * 28 * 1024 * 1024  # pixels x steps that may wait
-    idempotency_bytes: Positive = 256 * MIB
+    # How much
+    max_body_bytes: Positive = 20 * MIB  # of a request
+    max_input_pixels: Positive = 2**24  # of a picture to edit, looked up before it is decoded
+    max_pixels: Positive = 2048 * 2048  # of a picture to make
+    max_steps: Positive = 100  # of a picture
+    max_pictures: Positive = 10  # of a request
+    max_open_requests: Positive = 512  # with a body, at once; more get 503
+    max_batch: Positive = 4  # pictures made together
+    queue_cost: Positive = 32 * 28 * 1024 * 1024  # pixels x steps that may wait: 32 pictures of 1024x1024, 28 steps
+    idempotency_bytes: Positive = 256 * MIB  # of pictures kept for requests that are repeated
 
-    # How long.
+    # How long
     deadline_s: Seconds = 600.0  # in the queue and running
     body_s: Seconds = 30.0  # to send a request's body
     drain_s: Seconds = 120.0  # after SIGTERM
     silence_s: Seconds = 300.0  # after which a worker that should be denoising is taken for hung
-    idempotency_s: Seconds = 600.0
+    idempotency_s: Seconds = 600.0  # in which a repeated Idempotency-Key gets the first one's pictures
 
-    # Where pictures are kept when a URL is asked for.
-    storage: Literal["local", "s3"] = "local"
-    storage_dir: Path = Path("fluxfire-pictures")
+    # Where pictures are kept when a URL is asked for
+    storage: Literal["local", "s3"] = "local"  # a directory, or S3 and what speaks like it
+    storage_dir: Path = Path("fluxfire-pictures")  # of "local", also as a fallback
     storage_fallback: Literal["base64", "local", "error"] = "base64"  # when storing fails
     url_s: Annotated[int, Field(gt=0, le=7 * 24 * 3600)] = 3600  # how long a URL works
-    s3_bucket: str | None = None
+    s3_bucket: str | None = None  # must exist
     s3_endpoint: str | None = None  # for R2: https://<account>.r2.cloudflarestorage.com
-    s3_region: str = "auto"
-    s3_access_key_id: SecretStr | None = None
-    s3_secret_access_key: SecretStr | None = None
+    s3_region: str = "auto"  # AWS wants its own
+    s3_access_key_id: SecretStr | None = None  # with the right to put and get objects
+    s3_secret_access_key: SecretStr | None = None  # of that key
 
     @model_validator(mode="after")
     def _storage_is_whole(self) -> Self:
