@@ -160,7 +160,7 @@ def served(serve_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for name, value in (with_tests_on_path() | {"FLUXTEST_LOG": str(serve_log)}).items():
             patch.setenv(name, value)
         served = Served(make_settings(storage_dir=tmp_path_factory.mktemp("pictures"), warm_sizes=((48, 32),)))
-    wait_until(lambda: served.http.get("/readyz").status_code == 200)
+    wait_until(lambda: served.http.get("/readyz").status_code == 200, 900)
     yield served
     served.stop()
 

@@ -28,7 +28,7 @@ from fluxfire.serve.settings import Settings
 
 TESTS = Path(__file__).parent
 PROMPT = "teapot, noto style"
-WAIT_S = 120  # for what comes in an instant, unless the machine is busy
+WAIT_S = 300  # for what comes in an instant, unless the machine is busy
 
 
 class Served:

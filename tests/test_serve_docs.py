@@ -26,11 +26,11 @@ def settings_table() -> str:
     for line in source.splitlines():
         if heading := re.fullmatch(r"    # (.*)", line):
             lines.append(f"| **{heading[1]}** | | |")
-        elif field := re.fullmatch(r"    (\w+): [^=]* = (.*?)  # (.*)", line):
-            alias = Settings.model_fields[field[1]].validation_alias
-            default = Settings.model_fields[field[1]].default
-            told = {None: "", (): ""}.get(default, f"`{default}`")
-            lines.append(f"| `{alias or 'FLUXFIRE_' + field[1].upper()}` | {told} | {field[3]} |")
+        elif field := re.fullmatch(r"    (\w+): .* = (.*?)  # (.*)", line):
+            name, default, what = field.groups()
+            alias = re.search(r'validation_alias="(\w+)"', default)
+            told = "" if alias or default in ("None", "()") else f"`{default}`"
+            lines.append(f"| `{alias[1] if alias else 'FLUXFIRE_' + name.upper()}` | {told} | {what} |")
     return "\n".join(lines)
 
 

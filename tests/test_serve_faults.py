@@ -82,7 +82,7 @@ def test_deadline_covers_queue_and_run_and_the_expired_never_start(
 def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
     served = Served(make_settings(storage_dir=tmp_path))
-    wait_until(lambda: served.http.get("/readyz").status_code == 200)
+    wait_until(lambda: served.http.get("/readyz").status_code == 200, 900)
     yield served
     served.stop()
 
