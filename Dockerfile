@@ -24,6 +24,8 @@ WORKDIR /home/fluxfire
 # Weights and compiled graphs, kept in a volume; pictures by URL beside them.
 RUN mkdir -p .cache pictures
 ENV FLUXFIRE_HOST=0.0.0.0 \
+    TORCHINDUCTOR_CACHE_DIR=/home/fluxfire/.cache/inductor \
+    TRITON_CACHE_DIR=/home/fluxfire/.cache/triton \
     FLUXFIRE_STORAGE_DIR=/home/fluxfire/pictures \
     PYTHONUNBUFFERED=1
 VOLUME ["/home/fluxfire/.cache"]
