@@ -205,6 +205,7 @@ def tune(
     jobs = listed.read(prompts) if prompts else listed.examples(count)
     number_type = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     _quieten_loading()
+    pipe: Any
     if model == "embedded":
         pipe, call = embedded.load_pipeline(dtype=number_type), embedded.call_kwargs() | call
     else:
