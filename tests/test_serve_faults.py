@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import logging
@@ -304,3 +306,18 @@ def test_settings_never_print_a_secret():
     assert KEY not in repr(settings)
     assert KEY not in settings.model_dump_json()
     assert KEY in settings.secrets()
+
+
+def test_a_worker_whose_end_is_cancelled_ends_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    async def cancel() -> int | None:
+        worker = await process.WorkerProcess.start({}, dict(os.environ))
+        ending = asyncio.create_task(worker.end())
+        await asyncio.sleep(0)
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        return worker._process.returncode
+
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+    assert asyncio.run(cancel()) == -signal.SIGKILL
+    gc.collect()  # what is left open is told here, as an error

@@ -59,8 +59,16 @@ class WorkerProcess:
             self._process.kill()
 
     async def end(self) -> int:
-        """Ends the process and waits for that; its exit status."""
+        """Ends the process and waits for that, also when cancelled meanwhile; its exit status."""
         self.kill()
+        ending = asyncio.ensure_future(self._ended())
+        try:
+            return await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await ending  # else its pipes would outlive the event loop
+            raise
+
+    async def _ended(self) -> int:
         status = await self._process.wait()
         await self._printing
         return status
