@@ -19,7 +19,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-from serving import PROMPT, TESTS, Served, ask, open_picture, wait_until, with_tests_on_path
+from serving import PROMPT, TESTS, Served, ask, make_settings, open_picture, wait_until, with_tests_on_path
 
 from fluxfire import ArgumentError
 
@@ -45,6 +45,12 @@ def test_a_replica_has_a_gpu_and_their_number_follows_the_queue_down_to_none():
     assert deployment.max_queued_requests == 3
     full = deployment._deployment_config.backpressure_config
     assert (full.status_code, full.retry_after_s) == (429, 7)
+
+
+def test_the_shared_megacache_is_a_setting_that_reaches_the_worker():
+    (given,) = build(megacache="s3://bucket/prefix", megacache_share="true")._bound_deployment.init_args
+    options = make_settings(**given).worker_options()
+    assert (options["megacache"], options["share"]) == ("s3://bucket/prefix", True)
 
 
 @pytest.mark.parametrize("name", ["api_keys", "hf_token", "s3_access_key_id", "s3_secret_access_key"])

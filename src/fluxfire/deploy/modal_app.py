@@ -217,7 +217,7 @@ def _image() -> modal.Image:
     from packaging.version import Version
 
     lines = [Requirement(line) for line in metadata.requires("fluxfire") or ()]
-    extras = ("", "cli", "serve", "s3")
+    extras = ("", "cli", "megacache", "s3", "serve")
     names = {r.name for r in lines if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras)}
     pins = [f"{name}=={Version(metadata.version(name)).public}" for name in sorted(names - {"fluxfire"})]
     return modal.Image.debian_slim().uv_pip_install(*pins).add_local_python_source("fluxfire", ignore=[])

@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float32 on a CPU, else bfloat16
     cache_threshold: Annotated[float, Field(ge=0)] | None = 0.12  # for requests that say none; null: no cache at all
     compile: bool | Literal["auto"] = "auto"  # on a GPU; on a CPU it takes 20 s and more at every start
+    megacache: str = "auto"  # where compiled blocks are found: auto, a folder, or a URL with signed ones
+    megacache_share: bool = False  # put those compiled here at that URL, signed with this user's key
     warm_sizes: tuple[tuple[Positive, Positive], ...] = ()  # (width, height); none: the model's own size
     hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")  # for gated models; the worker gets it
 
@@ -117,6 +119,8 @@ class Settings(BaseSettings):
             "dtype": ("float32" if on_cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
             "cache_threshold": self.cache_threshold,
             "compile": not on_cpu if self.compile == "auto" else self.compile,
+            "megacache": self.megacache,
+            "share": self.megacache_share,
             "warm_sizes": self.warm_sizes,
             "max_batch": self.max_batch,
         }

@@ -75,8 +75,8 @@ class Worker:
         try:
             fluxfire.report(model.pipe)  # optimized already, by a function that knows better
         except fluxfire.NotOptimizedError:
-            threshold, compile = options["cache_threshold"], options["compile"]
-            fluxfire.optimize_pipeline(model.pipe, cache_threshold=threshold, compile=compile)
+            dials = {name: options[name] for name in ("cache_threshold", "compile", "megacache", "share")}
+            fluxfire.optimize_pipeline(model.pipe, **dials)
         return model
 
     def _warm(self) -> Facts:
