@@ -199,13 +199,12 @@ def test_load_spreads_over_the_replicas(cluster: Cluster):
 @pytest.mark.slow
 def test_more_than_fits_is_refused_with_429_and_when_to_come_again(cluster: Cluster):
     answers: list[httpx2.Response] = []
-    with ThreadPoolExecutor(40) as pool, cluster.held():  # 2 x 2 are taken, 8 wait
-        for seed in range(40):
+    with ThreadPoolExecutor(80) as pool, cluster.held():  # 2 x 2 are taken, 8 wait
+        for seed in range(80):
             pool.submit(lambda seed=seed: answers.append(cluster.ask(prompt="held", seed=seed)))
-        wait_until(lambda: len(answers) >= 24)
-        early = {answer.status_code for answer in answers}
-    assert early == {429}
-    assert {answer.headers["retry-after"] for answer in answers[:24]} == {"5"}
+        wait_until(lambda: len(answers) >= 10)
+        early = answers[:10]
+    assert {(answer.status_code, answer.headers["retry-after"]) for answer in early} == {(429, "5")}
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 12
