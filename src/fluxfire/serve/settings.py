@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     storage_fallback: Literal["base64", "local", "error"] = "base64"  # when storing fails
     url_s: Annotated[int, Field(gt=0, le=7 * 24 * 3600)] = 3600  # how long a URL works
     s3_bucket: str | None = None  # must exist
-    s3_endpoint: str | None = None  # for R2: https://<account>.r2.cloudflarestorage.com
+    s3_endpoint: str | None = None  # for R2: https://ACCOUNT.r2.cloudflarestorage.com
     s3_region: str = "auto"  # AWS wants its own
     s3_access_key_id: SecretStr | None = None  # with the right to put and get objects
     s3_secret_access_key: SecretStr | None = None  # of that key
