@@ -1,16 +1,22 @@
-"""docs/serving.md: its table of settings is made from the settings."""
+"""docs/serving.md: its table of settings is made from the settings, its examples run; and the GPU's model is whole."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from serving import Served, open_picture
 
-from fluxfire.serve import settings
+from fluxfire.serve import generate, settings
+from fluxfire.serve.jobs import Shape
 from fluxfire.serve.settings import Settings
 
-PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "serving.md"
 
 
 def settings_table() -> str:
@@ -38,3 +44,36 @@ def test_every_setting_is_in_the_table(request: pytest.FixtureRequest):
     if request.config.getoption("--write-docs"):
         PAGE.write_text(whole)
     assert PAGE.read_text() == whole, "run: pytest tests/test_serve_docs.py --write-docs, and read the difference"
+
+
+def examples(language: str) -> list[str]:
+    found = re.findall(rf"(?s)```{language}\n(.*?)```", PAGE.read_text())
+    return [text for text in found if "http://127.0.0.1:8000" in text and "pip install" not in text]
+
+
+def test_examples_run(served: Served, tmp_path: Path):
+    curl, python = examples("bash"), examples("python")
+    assert (len(curl), len(python)) == (1, 1)
+    for command, text in ((["bash", "-ec"], curl[0]), ([sys.executable, "-c"], python[0])):
+        text = text.replace("http://127.0.0.1:8000", served.url)
+        done = subprocess.run([*command, text], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert open_picture((tmp_path / "apple.png").read_bytes()).size == (128, 128)
+    assert len(json.loads((tmp_path / "edits.json").read_text())["pictures"]) == 2
+    events = re.findall("event: (.*)", (tmp_path / "events.txt").read_text())
+    assert {"order", "preview", "picture"} <= set(events)
+    assert open_picture((tmp_path / "sailboat.png").read_bytes()).size == (128, 128)
+    assert re.findall(r"(\w+) \d+\n", done.stdout) == ["partial_image", "completed"]  # of 4 steps one can be shown
+
+
+def test_model_for_throughput_is_whole_and_every_other_step_of_it_hits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import serving_model
+
+    for name, hits in (("tiny", 0), ("tiny_half", 3)):
+        model = getattr(serving_model, name)()
+        shape = Shape(32, 32, 6, model.guidance, serving_model.HIT_ANYWAY if hits else 0, None)
+        samples = [generate.Sample(str(index), "an apple", index) for index in range(2)]
+        outputs, seconds = generate.generate(model, shape, samples, generate.Watch())
+        assert [(output.hits, output.computed) for output in outputs] == [(hits, 6 - hits)] * 2
+        assert min(seconds[stage] for stage in ("prepare", "denoise", "decode")) > 0
