@@ -32,6 +32,8 @@ def check_cache(
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
     batch: Batch = "sample",
+    extrapolate: int = 0,
+    schedule: str | None = None,
     backend: Backend = "fluxfire",
 ) -> str | None:
     """Why `apply_cache` with these arguments would refuse this pipeline, or None.
@@ -49,11 +51,19 @@ def check_cache(
         )
     if batch not in ("sample", "any"):
         raise ArgumentError(f'batch: found {batch!r}, needed "sample" (each decides) or "any" (one miss computes all)')
+    if not _is_count(extrapolate, 0) or extrapolate > 3:
+        raise ArgumentError(f"extrapolate: found {extrapolate!r}, needed 0 (hold the residual), 1 (a line), 2 or 3")
+    if schedule is not None and (not isinstance(schedule, str) or set(schedule) - set("#.") or schedule[:1] != "#"):
+        raise ArgumentError(
+            f'schedule: found {schedule!r}, needed a mark for each step, # computed and . skipped, first #: "##.#.#"'
+        )
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: found {backend!r}, needed one of {', '.join(map(repr, BACKENDS))}")
     denoiser = denoiser_of(pipe)
     if setting:
-        setting.check(pipe, _knobs(backend, warmup_steps, max_consecutive_hits, batch))
+        own: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
+        own |= {"extrapolate": extrapolate, "schedule": schedule}
+        setting.check(pipe, own if backend == "fluxfire" else {"backend": backend})
     blocks = family_of(pipe).blocks(denoiser)
     if len(blocks) < 2:
         return f"found {len(blocks)} block in {type(denoiser).__name__}, needed at least 2: there is nothing to skip"
@@ -62,7 +72,8 @@ def check_cache(
     if reason := compiled_by_others((denoiser, *blocks)) or parallel(denoiser):
         return reason
     if backend == "para-attn":
-        return check_paraattn(pipe, warmup_steps=warmup_steps, max_consecutive_hits=max_consecutive_hits)
+        knobs: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
+        return check_paraattn(pipe, **knobs, extrapolate=extrapolate, schedule=schedule)
     return None
 
 
@@ -73,6 +84,8 @@ def apply_cache(
     warmup_steps: int = 0,
     max_consecutive_hits: int | None = None,
     batch: Batch = "sample",
+    extrapolate: int = 0,
+    schedule: str | None = None,
     backend: Backend = "fluxfire",
 ) -> Any:
     """First-block cache: skips blocks 2..n where block 1's residual hardly changed. Approximate.
@@ -86,6 +99,10 @@ def apply_cache(
         warmup_steps: the first steps of every run that are always computed.
         max_consecutive_hits: most hits in a row for one sample; None for no limit.
         batch: "sample": each sample of a batch decides for itself; "any": one miss computes all.
+        extrapolate: what a hit adds: 0 the last computed residual; 1 to 3 the line, parabola or cubic in sigma through
+            the last computed ones, with what that missed made good at the next computed call (`forecast.py`).
+        schedule: which steps are computed, whatever the distances say: a mark for each step, as `cache_stats(pipe)`
+            prints them, "##.#.#.#". No transfer to the host in any step. The threshold then only says 0 or not.
         backend: "fluxfire"; or "para-attn", whose own code decides then (one decision a batch): for comparison.
 
     Returns:
@@ -96,11 +113,12 @@ def apply_cache(
     """
     own = backend == "fluxfire"
     number, setting = threshold_of(threshold)
-    knobs: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
-    reason = check_cache(pipe, setting or number, batch=batch, backend=backend, **knobs)
-    settings = _settings(number, setting, _knobs(backend, warmup_steps, max_consecutive_hits, batch))
+    own_knobs: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
+    own_knobs |= {"batch": batch, "extrapolate": extrapolate, "schedule": schedule}
+    reason = check_cache(pipe, setting or number, backend=backend, **own_knobs)
+    settings = _settings(number, setting, own_knobs if own else {"backend": backend})
     with applying(pipe, Step("cache", "approximate", settings), reason) as handle:
-        cache = FirstBlockCache(pipe, warmup_steps, max_consecutive_hits, batch) if own else ParaAttnCache(pipe)
+        cache = FirstBlockCache(pipe, **own_knobs) if own else ParaAttnCache(pipe)
         cache.threshold, cache.steps = float(number), setting.steps if setting else None
         cache.install(handle)
         handle.states["cache"] = cache
@@ -181,11 +199,6 @@ def _cache_of(pipe: Any) -> FirstBlockCache:
 
 def _is_count(value: object, least: int) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _knobs(backend: Backend, warmup_steps: int, max_consecutive_hits: int | None, batch: Batch) -> dict[str, Any]:
-    own = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
-    return own if backend == "fluxfire" else {"backend": backend}
 
 
 def _settings(threshold: float, setting: Setting | None, knobs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

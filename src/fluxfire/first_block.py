@@ -18,6 +18,7 @@ How it differs from the peers:
 - Every sample of a batch decides for itself; only those that miss are computed.
 - Only noise tokens count: a reference picture's output is thrown away, so it neither dilutes the distance nor is kept.
 - State belongs to one run and one guidance branch (`run.py`), and instances are patched, never classes.
+- `rest'` may be a forecast, corrected afterwards (`forecast.py`); a schedule may decide in the place of the distance.
 
 Shapes: B samples, N noise tokens (the first N of the L image tokens), T text tokens, D channels.
 """
@@ -28,12 +29,14 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, cast
 
 import torch
 
 from fluxfire.blocks import family_of
+from fluxfire.errors import StepError
+from fluxfire.forecast import Corrector, History
 from fluxfire.plan import Handle
 from fluxfire.run import Call, RunReader
 from fluxfire.stats import CacheCall, CacheStats
@@ -49,8 +52,14 @@ class _Kept:
 
     first: torch.Tensor | None = None  # (B, N, D)
     size: torch.Tensor | None = None  # (B,) sum|first|
-    rest: torch.Tensor | None = None  # (B, N, D)
+    rest: History = field(default_factory=lambda: History(1))  # (B, N, D)
+    corrector: Corrector | None = None
     consecutive_hits: list[int] = field(default_factory=list)  # (B,)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held."""
+        own = [tensor for tensor in (self.first, self.size) if tensor is not None]
+        return own + self.rest.values + (self.corrector.values if self.corrector else [])
 
 
 @dataclass(slots=True)
@@ -67,14 +76,24 @@ class _Present:
 class FirstBlockCache:
     """The cache of one denoiser; `around_*` are put around the forward of the denoiser and of its blocks."""
 
-    def __init__(self, pipe: Any, warmup_steps: int, max_consecutive_hits: int | None, batch: Batch) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        warmup_steps: int = 0,
+        max_consecutive_hits: int | None = None,
+        batch: Batch = "sample",
+        extrapolate: int = 0,
+        schedule: str | None = None,
+    ) -> None:
         self.threshold = 0.0
         self.steps: int | None = None  # the only number of denoising steps in which calls may hit; None: any
         self._warmup_steps = warmup_steps
         self._max_consecutive_hits = max_consecutive_hits
         self._batch = batch
+        self._extrapolate = extrapolate
+        self._schedule = schedule
         self._family = family_of(pipe)
-        self._reader = RunReader(pipe, self._family, _Kept)
+        self._reader = RunReader(pipe, self._family, self._new_kept)
         self._local = threading.local()  # .present: each thread has a call of its own under way
         self._run = -1
         self._last_run: list[CacheCall] = []
@@ -91,8 +110,7 @@ class FirstBlockCache:
 
     def stats(self) -> CacheStats:
         """A snapshot of the counts."""
-        kept = [t for state in self._reader.states() for t in (state.first, state.size, state.rest) if t is not None]
-        held = sum(tensor.nbytes for tensor in kept)
+        held = sum(tensor.nbytes for state in self._reader.states() for tensor in state.tensors())
         outside = self._reader.outside
         other = self._other_steps
         return CacheStats(self.threshold, self._hits, self._computed, outside, tuple(self._last_run), held, other)
@@ -109,7 +127,7 @@ class FirstBlockCache:
             call.state, self._other_steps = None, self._other_steps + 1
         self._local.present = _Present(call)
         try:
-            return forward(*args, **kwargs)
+            return self._corrected(self._local.present, forward(*args, **kwargs))
         except BaseException:
             if call.state is not None:
                 self._reader.drop(call.branch)  # it may hold a first residual without its rest
@@ -148,18 +166,35 @@ class FirstBlockCache:
         kept, n, leader_out, out = present.call.state, present.tokens, present.leader_out, _image(streams)
         text = out.shape[1] - leader_out.shape[1] if isinstance(streams, torch.Tensor) else 0  # before the image tokens
         noise = slice(text, text + n)
+        missed, sigma = present.missed, self._reader.level()[0] if self._extrapolate else 0.0
+        if not all(present.hits):
+            kept.rest.push(out[:, noise] - leader_out[:, :n], sigma, present.hits, missed)
         if not any(present.hits):
-            kept.rest = out[:, noise] - leader_out[:, :n]
             return streams
-        assert kept.rest is not None
-        if (missed := present.missed) is not None:
-            kept.rest = kept.rest.index_copy(0, missed, out[missed, noise] - leader_out[missed, :n])
-        result = leader_out[:, :n] + kept.rest
+        result = leader_out[:, :n] + kept.rest.at(sigma)
         if missed is not None:  # to the bit what the block gave, not leader + (block - leader)
             result = result.index_copy(0, missed, out[missed, noise])
         if n < out.shape[1]:  # text and reference tokens have no output: any values of the right shape
             result = torch.cat([out[:, :text], result, out[:, text + n :]], dim=1)
         return result if isinstance(streams, torch.Tensor) else (streams[0], result)
+
+    def _corrected(self, present: _Present, output: Any) -> Any:
+        """The denoiser's output, with what the forecasts since the last computed call have missed."""
+        kept = present.call.state
+        if kept is None or kept.corrector is None or not present.hits or self.threshold == 0:
+            return output
+        level = self._reader.level()
+        if math.isnan(level[1]):
+            return output
+        n = present.tokens
+        settled = kept.corrector.settle(output[0][:, :n], level, present.hits, present.missed)
+        if n < output[0].shape[1]:
+            settled = torch.cat([settled, output[0][:, n:]], dim=1)
+        return (settled, *output[1:]) if isinstance(output, tuple) else replace(output, sample=settled)
+
+    def _new_kept(self) -> _Kept:
+        order = self._extrapolate
+        return _Kept(rest=History(order + 1), corrector=Corrector(order + 2) if order else None)
 
     def _rows_that_missed(self, missed: torch.Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
         batch = arguments["hidden_states"].shape[0]
@@ -172,16 +207,27 @@ class FirstBlockCache:
         batch = x.shape[0]
         call, kept = present.call, present.call.state
         present.hits, distances = (False,) * batch, (math.nan,) * batch
-        if kept is not None and self.threshold == 0:
-            kept.first = kept.size = kept.rest = None  # this call is computed, and not what a later one compares with
+        if kept is not None and self.threshold == 0:  # this call is computed, and not what a later one compares with
+            kept.first, kept.size, empty = None, None, self._new_kept()
+            kept.rest, kept.corrector = empty.rest, empty.corrector
+        elif kept is not None and self._schedule is not None:
+            present.hits = (bool(kept.rest.values) and self._marked(self._schedule) == ".",) * batch
         elif kept is not None:
             assert present.leader_out is not None
             first = present.leader_out[:, : present.tokens] - x[:, : present.tokens]
-            if kept.rest is not None:
+            if kept.rest.values:
                 distances = self._distances(kept, first)
                 present.hits = self._hits_of(call, distances, kept.consecutive_hits)
             self._keep_first(kept, first, present)
         self._record(CacheCall(call.step, call.branch, present.hits, distances), call.run)
+
+    def _marked(self, schedule: str) -> str:
+        """This step's mark; a schedule is for one number of steps, which the scheduler's timesteps tell."""
+        steps = len(self._reader.timesteps)
+        if steps != len(schedule):
+            found = f"cache: found a schedule of {len(schedule)} steps and a run of {steps}: "
+            raise StepError(found + f"call it with num_inference_steps={len(schedule)}, or apply_cache for {steps}")
+        return schedule[self._reader.position()]
 
     def _tokens(self, call: Call[_Kept], out: torch.Tensor) -> int:
         """How many of the first image tokens count."""

@@ -55,7 +55,7 @@ class ParaAttnCache(FirstBlockCache):
     def __init__(self, pipe: Any) -> None:
         from para_attn.first_block_cache import utils
 
-        super().__init__(pipe, warmup_steps=0, max_consecutive_hits=None, batch="any")
+        super().__init__(pipe, batch="any")
         self._similar: Callable[..., bool] = utils.are_two_tensors_similar
 
     def _tokens(self, call: Call[Any], out: torch.Tensor) -> int:
@@ -67,7 +67,14 @@ class ParaAttnCache(FirstBlockCache):
         return (threshold.distance,) * first.shape[0]
 
 
-def check_paraattn(pipe: Any, *, warmup_steps: int = 0, max_consecutive_hits: int | None = None) -> str | None:
+def check_paraattn(
+    pipe: Any,
+    *,
+    warmup_steps: int = 0,
+    max_consecutive_hits: int | None = None,
+    extrapolate: int = 0,
+    schedule: str | None = None,
+) -> str | None:
     """Why para-attn could not be the cache of this pipeline, besides what `check_cache` finds, or None.
 
     Raises:
@@ -76,11 +83,11 @@ def check_paraattn(pipe: Any, *, warmup_steps: int = 0, max_consecutive_hits: in
     family = family_of(pipe).name
     if family != "FLUX.1":
         return f'para-attn knows FLUX.1 only, found {family}: use backend="fluxfire"'
-    if warmup_steps or max_consecutive_hits is not None:
-        return (
-            f"found warmup_steps={warmup_steps} and max_consecutive_hits={max_consecutive_hits}, needed 0 and None: "
-            'only backend="fluxfire" has them'
-        )
+    knobs: dict[str, object] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits}
+    knobs |= {"extrapolate": extrapolate, "schedule": schedule}
+    if given := [f"{name}={value!r}" for name, value in knobs.items() if value not in (0, None)]:
+        return f'found {", ".join(given)}: only backend="fluxfire" has that'
+
     if getattr(pipe, "_is_cached", False) or getattr(denoiser_of(pipe), "_is_cached", False):
         return (
             "found para-attn's own apply_cache_on_pipe, which changes the pipeline's class and cannot be taken back: "

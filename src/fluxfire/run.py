@@ -73,8 +73,9 @@ class RunReader(Generic[State]):
         self._signature = inspect.signature(pipe.transformer.forward)
         self._family = family
         self._new_state = new_state
-        self._timesteps: object = None
-        self._run = -1
+        self.timesteps: Any = None  # the run's, as the scheduler has them
+        self._run = self._levels_of = -1
+        self._levels: list[float] = []
         self.outside = 0  # calls that belonged to no run
         self.reset()
 
@@ -93,9 +94,9 @@ class RunReader(Generic[State]):
         batch = inputs["hidden_states"].shape[0]
         timesteps, key = self._schedule(inputs)
         steps = 0 if timesteps is None else len(timesteps)
-        if timesteps is not self._timesteps or (key < self._key and self._thread == threading.get_ident()):
+        if timesteps is not self.timesteps or (key < self._key and self._thread == threading.get_ident()):
             self.reset()
-            self._timesteps = timesteps
+            self.timesteps = timesteps
         if self._thread != threading.get_ident() or (timesteps is not None and key >= len(timesteps)):
             self.outside += 1
             return Call(self._run, max(self._step, 0), 0, batch, 0, True, None, steps)
@@ -106,6 +107,26 @@ class RunReader(Generic[State]):
         self.outside += branch >= MAX_BRANCHES
         noise_tokens, state = (known.noise_tokens, known.state) if known else (0, None)
         return Call(self._run, self._step, branch, batch, noise_tokens, self._family.splits(inputs), state, steps)
+
+    def position(self) -> int:
+        """The step that is under way, counted in the scheduler's timesteps (a run of img2img starts in the middle)."""
+        return position(self._last_scheduler) if hasattr(self._last_scheduler, "step_index") else self._step
+
+    def level(self) -> tuple[float, float]:
+        """Sigma of this step, and the plain Euler step from it, nan for a scheduler that does otherwise.
+
+        One device transfer a run. A scheduler without sigmas: its timesteps, as good an axis.
+        """
+        scheduler, index = self._last_scheduler, self.position()
+        if self._levels_of != self._run:
+            sigmas = getattr(scheduler, "sigmas", None)
+            self._levels = (self.timesteps if sigmas is None else sigmas).tolist()
+            self._levels_of = self._run
+        euler = (
+            type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
+        )
+        here = self._levels[index]
+        return here, self._levels[index + 1] - here if euler else math.nan
 
     def states(self) -> list[State]:
         """What is kept now, branch by branch."""
@@ -141,11 +162,19 @@ class RunReader(Generic[State]):
         return known
 
 
-def at_last_step(scheduler: Any) -> bool:
-    """Whether the denoising step that is under way is the last of its run; True where the scheduler does not tell."""
-    timesteps, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", -1)
+def position(scheduler: Any) -> int:
+    """The index of the step that is under way, of a scheduler that counts its steps."""
+    index: int | None = scheduler.step_index
     if index is None:  # before the first step
         index = getattr(scheduler, "begin_index", None) or 0
+    return index
+
+
+def at_last_step(scheduler: Any) -> bool:
+    """Whether the denoising step that is under way is the last of its run; True where the scheduler does not tell."""
+    timesteps, index = getattr(scheduler, "timesteps", None), -1
+    if hasattr(scheduler, "step_index"):
+        index = position(scheduler)
     return timesteps is None or index == -1 or index >= len(timesteps) - 1
 
 
