@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -48,10 +49,10 @@ class Inputs:
     references: torch.Tensor | None  # (n, channels, h, w) latents
     seeds: list[int]
 
-    def call(self, rows: slice) -> dict[str, Any]:
-        """Arguments of one call."""
+    def call(self, rows: slice, seed: int = 0) -> dict[str, Any]:
+        """Arguments of one call; `seed` is added to every picture's own."""
         image = {} if self.references is None else {"image": self.references[rows]}
-        generator = [torch.Generator().manual_seed(seed) for seed in self.seeds[rows]]
+        generator = [torch.Generator().manual_seed(own + seed) for own in self.seeds[rows]]
         text = {"prompt_embeds": self.embeds[rows], "pooled_prompt_embeds": self.pooled[rows]}
         return demo.call_kwargs() | image | text | {"generator": generator, "output_type": "latent"}
 
@@ -118,11 +119,27 @@ class Work:
         """Of a baseline."""
         return decode(np.load(self.folder / "latents" / f"{key}.npy"))
 
+    def baseline(self, point: dict[str, Any]) -> np.ndarray:
+        """The uncached pictures of a point's shard."""
+        return self.pictures(_spec("baseline", {}, point["kind"], point["steps"], point["shard"])[1])
+
+    def shards(self, method: Method, settings: Settings, kind: Kind, steps: int) -> list[dict[str, Any]]:
+        """The points that count of these settings, as far as they were made."""
+        keys = [_spec(method.name, settings, kind, steps, shard)[1] for shard in range(1000)]
+        return [self.points[key] for key in keys if key in self.points]
+
+    def kept(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Numbers that take long, from a file of this name."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make()))
+        numbers: dict[str, float] = json.loads(path.read_text())
+        return numbers
+
     def make(self, method: Method | None, settings: Settings, kind: Kind, steps: int, shard: int) -> dict[str, Any]:
         """Makes a shard's pictures, unless there are, and writes its line; None for the method: the baseline."""
         name = method.name if method else "baseline"
-        spec = {"method": name, "settings": settings, "kind": kind, "steps": steps, "shard": shard}
-        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+        spec, key = _spec(name, settings, kind, steps, shard)
         if known := self.points.get(key):
             return known
         baseline = None if method is None else self.pictures(self.make(None, {}, kind, steps, shard)["key"])
@@ -156,7 +173,7 @@ class Work:
         width = len(given.seeds) if method is None or method.splits else 1
         made, saved = [], []
         for start in range(0, len(given.seeds), width):
-            call = given.call(slice(start, start + width))
+            call = given.call(slice(start, start + width), settings.get("seed", 0))
             calls[0] = 0
             made.append(pipe(num_inference_steps=settings.get("steps", steps), **call).images.float().numpy())
             share = [1 - calls[0] / steps] * len(made[-1])
@@ -180,12 +197,25 @@ class Work:
         return ratios
 
 
-def chosen(work: Work, method: Method, kind: Kind, steps: int) -> list[Settings]:
-    """For each target, the best of what saves that much on the tuning pictures, or one call less; else the nearest."""
-    tried = [work.make(method, settings, kind, steps, -1) for settings in method.grid(steps)]
-    picked = []
-    for target in TARGETS:
-        enough = [p for p in tried if np.mean(p["saved"]) >= target - 1 / steps - 1e-3]
+def _spec(name: str, settings: Settings, kind: Kind, steps: int, shard: int) -> tuple[dict[str, Any], str]:
+    """What a point is, and its key."""
+    spec = {"method": name, "settings": settings, "kind": kind, "steps": steps, "shard": shard}
+    return spec, hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chosen(work: Work, method: Method, kind: Kind, steps: int, make: bool = True) -> list[Settings]:
+    """For each target, the best of what saves that much on the tuning pictures, or one call less; else the nearest.
+
+    We get no call less than the target. Without `make`, of what was tried already.
+    """
+    grid = method.grid(steps)
+    if not make:
+        grid = [s for s in grid if _spec(method.name, s, kind, steps, -1)[1] in work.points]
+    tried = [work.make(method, settings, kind, steps, -1) for settings in grid]
+    picked: list[Settings] = []
+    for target in TARGETS if tried else ():
+        least = target - 1e-3 - (0 if method.ours else 1 / steps)
+        enough = [p for p in tried if np.mean(p["saved"]) >= least]
         best = (
             max(enough, key=lambda p: np.mean(p["psnr"])) if enough else max(tried, key=lambda p: np.mean(p["saved"]))
         )
@@ -209,6 +239,9 @@ def main() -> None:
             for (name, kind), settings in found.items():
                 for one in settings:
                     work.make(METHODS[name], one, kind, steps, shard)
+    import front_report
+
+    front_report.write(work, options.steps)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _product(**values: list[Any]) -> list[Settings]:
 
 
 def _masks(starts: tuple[int, ...], steps: int) -> list[Settings]:
-    """cache-dit's own masks near the targets, and bins like them: a start that is computed, then one computed call to so many cached."""
+    """cache-dit's own masks near the targets, and bins like them: a computed start, then one call to so many cached."""
     rows: list[Settings] = [{"mask": name} for name in ("medium", "fast")]
     for start in starts:
         for gap in (1, 2):
@@ -142,6 +142,13 @@ def _dbcache_grid(warmup_steps: int, orders: tuple[int, ...]) -> list[Settings]:
 
 
 THRESHOLDS: Final = [0.08, 0.1, 0.12]
+# The first pair of each number of steps is evenly spaced; the others are what `front_schedule.py` found on the pictures
+# to tune on, for text to image and for edits.
+SCHEDULES: Final = {
+    28: [
+        "##.#.#.#.#.#.#.#.#.#.#.#.#.#",
+    ]
+}
 METHODS: Final = {
     method.name: method
     for method in (
@@ -169,6 +176,20 @@ METHODS: Final = {
             True,
             lambda steps: [row | {"taylorseer_order": order} for row in _masks((2, 3), steps) for order in (1, 2)],
         ),
-        Method("fluxfire", _ours, True, lambda steps: _product(threshold=THRESHOLDS), ours=True),
+        Method("another seed", _nothing, True, lambda steps: [{"seed": 5000}]),
+        Method(
+            "fluxfire, threshold",
+            _ours,
+            True,
+            lambda steps: _product(threshold=[0.065, 0.08, 0.1, 0.12, 0.15], extrapolate=[2]),
+            ours=True,
+        ),
+        Method(
+            "fluxfire, schedule",
+            _ours,
+            True,
+            lambda steps: _product(schedule=SCHEDULES.get(steps, []), extrapolate=[1, 2]),
+            ours=True,
+        ),
     )
 }

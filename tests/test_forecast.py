@@ -14,6 +14,7 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 import fluxfire
 from fluxfire import demo
 from fluxfire.forecast import Corrector, History
+from fluxfire.schedule import _cheapest
 
 SIGMAS = [1.0, 0.93, 0.85, 0.8, 0.7, 0.58, 0.45, 0.33, 0.2, 0.08, 0.0]  # not evenly spaced
 SHAPE = (3, 4, 5)
@@ -166,3 +167,44 @@ def test_on_the_embedded_model_a_forecast_is_nearer_than_the_held_residual() -> 
         errors.append(error(draw(), baseline))
         fluxfire.restore_pipeline(pipe)
     assert errors[1] < errors[0] / 2
+
+
+def test_the_schedule_found_is_the_cheapest_of_all() -> None:
+    """Against every choice of the same number of steps, with costs that depend on the two computed calls before."""
+    generator = torch.Generator().manual_seed(1)
+    table = torch.rand(9, 9, 10, generator=generator).tolist()
+    cost = lambda before, after: table[before[-2]][before[-1]][after]  # noqa: E731
+    every = [(0, 1, *rest) for rest in itertools.combinations(range(2, 9), 3)]
+    total = lambda path: sum(cost(path[:k], path[k]) for k in range(2, 5)) + cost(path, 9)  # noqa: E731
+    assert _cheapest(cost, 9, 5, (0, 1)) == min(every, key=total)
+
+
+def test_find_schedule_leaves_the_pipeline_as_it_was_and_is_nearer_than_even_steps() -> None:
+    pipe = demo.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = demo.call_kwargs() | {"num_inference_steps": 20, "output_type": "latent"}
+    draw = lambda: pipe(prompt="teapot, noto style", generator=torch.Generator().manual_seed(0), **call).images  # noqa: E731
+    baseline, before = draw(), attributes(pipe)
+    marks = fluxfire.find_schedule(pipe, ["waffle, noto style", "red apple, fluent style"], computed=10, call=call)
+    assert attributes(pipe).keys() == before.keys()
+    assert len(marks) == 20 and marks.count("#") == 10 and marks.startswith("##")
+    errors = []
+    for schedule in (marks, "##.#.#.#.#.#.#.#.##."):
+        fluxfire.apply_cache(pipe, schedule=schedule, extrapolate=2)
+        errors.append(error(draw(), baseline))
+        fluxfire.restore_pipeline(pipe)
+    assert errors[0] < errors[1]
+
+
+def test_find_schedule_says_what_it_needs() -> None:
+    pipe = make_pipe(FluxPipeline)
+    call = embeds() | {"num_inference_steps": 4, "height": 32, "width": 48}
+    with pytest.raises(fluxfire.ArgumentError, match="found 5, needed 3 to 4"):
+        fluxfire.find_schedule(pipe, [call], computed=5)
+    with pytest.raises(fluxfire.ArgumentError, match="same for all"):
+        fluxfire.find_schedule(pipe, [call, call | {"num_inference_steps": 5}], computed=3)
+    with pytest.raises(fluxfire.ArgumentError, match="needed a list"):
+        fluxfire.find_schedule(pipe, "red apple", computed=3)
+    fluxfire.apply_cache(pipe)
+    with pytest.raises(fluxfire.StepError, match="found a cache"):
+        fluxfire.find_schedule(pipe, [call], computed=3)

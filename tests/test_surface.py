@@ -17,7 +17,7 @@ PARTS = {"errors", "plan", "patches", "blocks", "run", "stats", "setting"}  # wh
 
 MEGACACHE = {"aot", "artifacts", "environment", "graphs", "megacache", "share", "structure", "torch_cache"}
 # The files of one step know each other.
-TOGETHER = [{"cache", "first_block", "paraattn"}, {"compile", *MEGACACHE}]
+TOGETHER = [{"cache", "first_block", "forecast", "paraattn", "schedule"}, {"compile", *MEGACACHE}]
 
 
 def imports(path: Path) -> set[str]:
@@ -61,7 +61,7 @@ def test_public_names_are_pinned() -> None:
         *("check_cache", "check_compile", "check_memory_format", "check_offload", "check_vae_tiling"),
         *("apply_static_blocks", "check_static_blocks"),
         *("Fingerprint", "Setting", "Trial", "tune"),
-        *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "set_cache_threshold"),
+        *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "find_schedule", "set_cache_threshold"),
         *("optimize_pipeline", "plan_pipeline", "prefetch", "report", "restore_pipeline"),
         *("load_megacache", "save_megacache", "warm"),
     }
@@ -77,7 +77,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1570  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 3511
+    assert sum(lines.values()) - sum(ahead.values()) <= 3907
 
 
 def test_functions_stay_short() -> None:

@@ -24,6 +24,7 @@ from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.schedule import find_schedule
 from fluxfire.setting import Fingerprint, Setting
 from fluxfire.share import load_megacache, save_megacache
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks
@@ -70,6 +71,7 @@ __all__ = [
     "check_offload",
     "check_static_blocks",
     "check_vae_tiling",
+    "find_schedule",
     "load_megacache",
     "optimize_pipeline",
     "plan_pipeline",

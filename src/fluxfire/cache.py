@@ -61,7 +61,11 @@ def check_cache(
         raise ArgumentError(f"backend: found {backend!r}, needed one of {', '.join(map(repr, BACKENDS))}")
     denoiser = denoiser_of(pipe)
     if setting:
-        own: dict[str, Any] = {"warmup_steps": warmup_steps, "max_consecutive_hits": max_consecutive_hits, "batch": batch}
+        own: dict[str, Any] = {
+            "warmup_steps": warmup_steps,
+            "max_consecutive_hits": max_consecutive_hits,
+            "batch": batch,
+        }
         own |= {"extrapolate": extrapolate, "schedule": schedule}
         setting.check(pipe, own if backend == "fluxfire" else {"backend": backend})
     blocks = family_of(pipe).blocks(denoiser)

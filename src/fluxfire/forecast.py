@@ -63,7 +63,7 @@ class History:
 
     def weights(self, row: int, sigma: float) -> list[float]:
         """Lagrange's weights of one sample's values, for the value at `sigma`."""
-        return _lagrange([sigmas[row] for sigmas in self._sigmas], sigma)
+        return lagrange([sigmas[row] for sigmas in self._sigmas], sigma)
 
     def at(self, sigma: float) -> torch.Tensor:
         """The values at `sigma`, (B, N, C); where one is kept, that one, to the bit."""
@@ -129,7 +129,7 @@ class Corrector:
         return total + self._history.past(rows) - self._forecast
 
 
-def _lagrange(sigmas: Sequence[float], sigma: float) -> list[float]:
+def lagrange(sigmas: Sequence[float], sigma: float) -> list[float]:
     """A weight for each; 0 for nan and for a sigma that is there twice."""
     known = [k for k, at in enumerate(sigmas) if not math.isnan(at) and at not in sigmas[:k]]
     others = {k: [sigmas[j] for j in known if j != k] for k in known}
