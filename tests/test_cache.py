@@ -282,7 +282,7 @@ def test_a_reference_picture_counts_neither_in_the_distance_nor_in_what_is_kept(
     run(pipe, steps=2)
     handle = fluxfire.patches.handle_of(pipe)
     kept = handle.states["cache"]._reader._branches[0].state
-    assert kept.rest.shape == kept.first.shape == (1, 8 * 12, 32)
+    assert kept.rest.values[0].shape == kept.first.shape == (1, 8 * 12, 32)
 
 
 def test_class_is_untouched(pipe: Any) -> None:
