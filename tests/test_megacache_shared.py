@@ -238,7 +238,7 @@ def test_two_that_compile_the_same_at_once_compile_it_once(tmp_path: Path, monke
     for number in (1, 2):
         two.get(fields(number), not_made, "group")
     thread.join()
-    two.release("group")
+    assert two._claims == {}  # who found it keeps nobody waiting
     assert one.claim("group") is False
     monkeypatch.setattr(fluxfire.megacache, "CLAIM_WAIT_S", 0.05)
     asked: list[str] = []
@@ -318,6 +318,28 @@ def test_one_call_saves_and_one_loads(tmp_path: Path, keys: Keys, bucket: str) -
     ):
         with pytest.raises(fluxfire.ArtifactError, match=words):
             call()
+
+
+def test_the_hub_keeps_what_a_bucket_keeps(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from hub_server import hub
+
+    with hub("someone/compiled") as (address, files):
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        for name, value in constants.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+        store, url = Store(tmp_path / "one"), "hf://someone/compiled/made"
+        for number in range(2):
+            store.put(fields(number), {}, b"payload %d" % number)
+        assert [moved.what for moved in give(shelf_at(url), store, keys)] == ["done"] * 2
+        assert sorted(name.split("/")[1] for name in files) == ["entries"] * 2 + ["payloads"] * 2
+        assert len(fluxfire.load_megacache(url, megacache=tmp_path / "two")) == 2
+        assert sorted(map(store.payload, Store(tmp_path / "two").manifests())) == [b"payload 0", b"payload 1"]
+        assert compiles(MegaCache(str(tmp_path / "three"), url), 7).startswith(f"not in {url}")
+        with pytest.raises(fluxfire.ArtifactError, match="found nothing at hf://nobody"):
+            fluxfire.load_megacache("hf://nobody/nothing", megacache=tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ class MegaCache:
             artifact = self._load(fields)
             if isinstance(artifact, str) and group and self.claim(group):
                 artifact = self._load(fields)
+                if not isinstance(artifact, str):
+                    self.release(group)
             future.set_result(make(artifact) if isinstance(artifact, str) else artifact)
         except BaseException as error:
             self.forget(fields)

@@ -56,10 +56,13 @@ def load_megacache(path: str | os.PathLike[str], *, megacache: str | os.PathLike
         The keys of the entries there.
 
     Raises:
-        ArtifactError: an entry is not signed by a key that you trust, or is damaged (the others are taken).
+        ArtifactError: an entry is not signed by a key that you trust, or is damaged (the others are taken); or there
+            is none.
     """
     with _store(megacache) as store:
-        return _whole(take(shelf_at(path), store, Keys()))
+        if found := _whole(take(shelf_at(path), store, Keys())):
+            return found
+    raise ArtifactError(f"found nothing at {path}, needed what save_megacache wrote")
 
 
 @contextmanager

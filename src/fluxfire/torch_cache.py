@@ -116,8 +116,8 @@ class TorchCache:
                 return
             fields = {"environment": environment(device), **self._given}
             why = self._find(fields)
-            if why and self._cache.claim(digest(fields)):
-                why = self._find(fields)
+            if why and self._cache.claim(digest(fields)) and not (why := self._find(fields)):
+                self._cache.release(digest(fields))
             if why:
                 self._reasons[f"compiled: {why}"] += 1
             self._known, self._fields = len(_recorded()), fields
