@@ -484,3 +484,36 @@ def test_a_new_store_is_private_whatever_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     for path in [tmp_path / "a", *(tmp_path / "a").rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_of_processes_that_make_the_same_at_once_one_makes_it(tmp_path: Path) -> None:
+    """Whoever waited looks again; who dies while he makes it is waited for no longer."""
+    code = LIGHT + (
+        "import os\n"
+        "store = Store(sys.argv[1], lock_wait_s=60)\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "with store.claimed('block', 60):\n"
+        "    if sys.argv[2] == 'dies':\n"
+        "        print('claimed', flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    print('found' if store.keys() else store.put({'a': 1}, {}, b'payload') and 'made')\n"
+    )
+
+    def begin(what: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(tmp_path / "store"), what]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        return process
+
+    first = begin("dies")
+    first.stdin.write("go\n")
+    first.stdin.flush()
+    assert first.stdout.readline() == "claimed\n"
+    others = [begin("lives") for _ in range(4)]
+    for process in others:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    first.communicate("die\n", timeout=60)
+    assert sorted(process.communicate(timeout=120)[0] for process in others) == ["found\n"] * 3 + ["made\n"]
