@@ -109,6 +109,7 @@ class Work:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.scores = False  # whether the report has SSIM, FLIP and SSIMULACRA2, some minutes of work
         (folder / "latents").mkdir(parents=True, exist_ok=True)
         self.points: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("points-*.jsonl")):
@@ -230,10 +231,13 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=10, help=f"of {SHARD} pictures of each kind that count")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--report", action="store_true", help="make nothing, write table and plot of what there is")
+    parser.add_argument("--scores", action="store_true", help="with SSIM, FLIP and SSIMULACRA2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = Work(options.work)
-    for steps in options.steps:
+    work.scores = options.scores
+    for steps in [] if options.report else options.steps:
         found = {(name, kind): chosen(work, METHODS[name], kind, steps) for name in options.methods for kind in KINDS}
         for shard in range(options.shards):
             for (name, kind), settings in found.items():

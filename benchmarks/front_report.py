@@ -38,7 +38,9 @@ def rows(work: Work, kind: Kind, steps: int) -> list[dict[str, Any]]:
 
 
 def perceptual(work: Work, point: dict[str, Any]) -> dict[str, float]:
-    """SSIM, FLIP and SSIMULACRA2, means over one shard; kept beside the points."""
+    """SSIM, FLIP and SSIMULACRA2, means over one shard; kept beside the points. Nothing without `--scores`."""
+    if not work.scores:
+        return {}
     return work.kept(
         f"scores-{point['key']}",
         lambda: _means(work.baseline(point), decode(np.load(work.folder / "latents" / f"{point['key']}.npy"))),
@@ -55,8 +57,10 @@ def _means(references: np.ndarray, pictures: np.ndarray) -> dict[str, float]:
 
 def yardsticks(work: Work, kind: Kind, steps: int) -> list[str]:
     """Table rows: JPEG of the uncached pictures of shard 0."""
+    lines: list[str] = []
+    if not work.scores:
+        return lines
     pictures = work.baseline(work.make(None, {}, kind, steps, 0))
-    lines = []
     for q in (95, 50):
         damaged = [quality.jpeg(p, q) for p in pictures]
         psnr = np.mean([quality.psnr(quality.as_bytes(p), d) for p, d in zip(pictures, damaged, strict=True)])
@@ -91,6 +95,8 @@ def table(work: Work, kind: Kind, steps: int) -> list[str]:
 
 
 def _cells(means: dict[str, float]) -> str:
+    if not means:
+        return "- | - | -"
     return f"{means['ssim']:.4f} | {means['flip']:.4f} | {means['ssimulacra2']:.1f}"
 
 
