@@ -57,6 +57,9 @@ def prefetch(megacache: str | os.PathLike[str] = "auto") -> threading.Thread:
 
     Raises:
         ArgumentError: `megacache` is neither "auto", nor a path, nor a URL.
+
+    Examples:
+        >>> thread = fluxfire.prefetch()
     """
     check_place(megacache or b"")
     importlib.import_module("diffusers.pipelines.flux.pipeline_flux")

@@ -41,6 +41,9 @@ def check_cache(
     Raises:
         ArgumentError: an argument that no pipeline could take, or a setting found on another model.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_cache(fluxfire.apply_compile(pipe, backend="eager"))  # None: nothing is against it
     """
     _, setting = threshold_of(threshold)
     if not _is_count(warmup_steps, 0):
@@ -114,6 +117,11 @@ def apply_cache(
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> latents = fluxfire.apply_cache(pipe, 0.5, max_consecutive_hits=1)(**prompt).images
+        >>> fluxfire.cache_stats(pipe).marks()
+        '#.#.#.'
     """
     own = backend == "fluxfire"
     number, setting = threshold_of(threshold)
@@ -135,6 +143,9 @@ def set_cache_threshold(pipe: Any, threshold: Threshold) -> Any:
     Raises:
         ArgumentError: not a number of 0 or more, nor a setting, or one that was found on another model or cache.
         NotOptimizedError: the pipeline has no cache.
+
+    Examples:
+        >>> pipe = fluxfire.set_cache_threshold(fluxfire.apply_cache(pipe), 0.08)
     """
     number, setting = threshold_of(threshold)
     cache, knobs = _cache_of(pipe), cache_knobs(pipe)
@@ -158,6 +169,11 @@ def cache_stats(pipe: Any) -> CacheStats:
 
     Raises:
         NotOptimizedError: the pipeline has no cache.
+
+    Examples:
+        >>> latents = fluxfire.apply_cache(pipe, 0)(**prompt).images
+        >>> fluxfire.cache_stats(pipe).hit_rate
+        0.0
     """
     return _cache_of(pipe).stats()
 

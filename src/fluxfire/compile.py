@@ -136,13 +136,14 @@ def check_compile(
     Raises:
         ArgumentError: an argument that no pipeline could take.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_compile(pipe, backend="eager")
     """
     if mode not in MODES:
         raise ArgumentError(f"mode: found {mode!r}, needed one of torch's {', '.join(map(repr, MODES))}")
     if scope not in SCOPES:
-        raise ArgumentError(
-            f'scope: found {scope!r}, needed "blocks" (each kind once) or "denoiser" (one graph of all)'
-        )
+        raise ArgumentError(f'scope: found {scope!r}, needed "blocks" (each kind once) or "denoiser" (one graph)')
     if not isinstance(dynamic, bool):
         raise ArgumentError(f"dynamic: found {dynamic!r}, needed True (any size) or False (a graph for each size)")
     if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
@@ -235,6 +236,9 @@ def apply_compile(
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> pipe = fluxfire.apply_compile(pipe, backend="eager")
     """
     knobs: dict[str, Any] = {"mode": mode, "backend": backend, "scope": scope, "dynamic": dynamic, "vae": vae}
     knobs |= {"megacache": megacache, "share": share}

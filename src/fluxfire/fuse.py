@@ -213,6 +213,9 @@ def check_fused_qkv(pipe: Any) -> str | None:
 
     Raises:
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_fused_qkv(pipe)
     """
     denoiser = denoiser_of(pipe)
     projections = list(_projections(pipe))
@@ -239,6 +242,9 @@ def apply_fused_qkv(pipe: Any) -> Any:
 
     Raises:
         NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> pipe = fluxfire.apply_fused_qkv(pipe)
     """
     with applying(pipe, Step("fused_qkv", "lossless"), check_fused_qkv(pipe)) as handle:
         from diffusers.models.attention_processor import FusedAttnProcessor2_0

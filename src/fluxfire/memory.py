@@ -29,6 +29,10 @@ def check_memory_format(pipe: Any) -> str | None:
 
     Raises:
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_memory_format(fluxfire.apply_memory_format(pipe))
+        'all ... convolutions of AutoencoderKL are channels_last already'
     """
     denoiser_of(pipe)
     vae: Any = getattr(pipe, "vae", None)
@@ -53,6 +57,11 @@ def apply_memory_format(pipe: Any) -> Any:
 
     Raises:
         NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> vae = fluxfire.apply_memory_format(pipe).vae
+        >>> vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        True
     """
     with applying(pipe, Step("memory_format", "lossless"), check_memory_format(pipe)) as handle:
         for weight in pipe.vae.parameters():
@@ -72,6 +81,10 @@ def check_vae_tiling(pipe: Any) -> str | None:
 
     Raises:
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_vae_tiling(fluxfire.apply_vae_tiling(pipe))
+        'AutoencoderKL works in tiles already'
     """
     denoiser_of(pipe)
     vae: Any = getattr(pipe, "vae", None)
@@ -94,6 +107,10 @@ def apply_vae_tiling(pipe: Any) -> Any:
 
     Raises:
         NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> fluxfire.apply_vae_tiling(pipe).vae.use_tiling
+        True
     """
     with applying(pipe, Step("vae_tiling", "approximate"), check_vae_tiling(pipe)) as handle:
         handle.patch.on_undo(pipe.vae.disable_tiling)

@@ -45,6 +45,9 @@ def check_offload(
     Raises:
         ArgumentError: an argument that no pipeline could take.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_offload(pipe, "group", device="cpu")
     """
     _check_arguments(kind, offload_type, use_stream)
     target, found = _target(pipe, device), torch.accelerator.current_accelerator(check_available=True)
@@ -100,6 +103,9 @@ def apply_offload(
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> pipe = fluxfire.apply_offload(pipe, "group", device="cpu")
     """
     reason = check_offload(pipe, kind, device=device, offload_type=offload_type, use_stream=use_stream)
     target = _target(pipe, device)

@@ -77,6 +77,12 @@ def plan_pipeline(
         ArgumentError: an argument that no pipeline could take, or a setting found on another model.
         NotFluxError: `pipe` is no FLUX pipeline.
         StepError: with `strict`, the reason of the first skip.
+
+    Examples:
+        >>> print(fluxfire.plan_pipeline(pipe, compile=False, fuse_qkv=True, offload="group"))
+        fused_qkv(), lossless
+        cache(threshold=0.12), approximate
+        offload: left out, an offload moves the three projections apart, ...
     """
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
@@ -146,6 +152,10 @@ def optimize_pipeline(
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> fluxfire.optimize_pipeline(pipe, compile=False) is pipe
+        True
     """
     if handle := handle_of(pipe):
         applied = ", ".join(step.name for step in handle.steps) or "nothing"
@@ -187,6 +197,10 @@ def restore_pipeline(pipe: Any) -> Any:
     Raises:
         NotOptimizedError: fluxfire has not touched this pipeline.
         UndoError: somebody else's wrapper cannot be kept. Nothing was changed.
+
+    Examples:
+        >>> fluxfire.restore_pipeline(fluxfire.apply_cache(pipe)) is pipe
+        True
     """
     handle = handle_of(pipe)
     if handle is None:
@@ -201,6 +215,13 @@ def report(pipe: Any) -> Report:
 
     Raises:
         NotOptimizedError: fluxfire has not touched this pipeline.
+
+    Examples:
+        >>> print(fluxfire.report(fluxfire.apply_cache(pipe, 0)))
+        pictures  as the pipe's own, up to rounding
+        cache     cache(threshold=0, ...), approximate
+        hits      0 of 0 denoiser calls (0%) at threshold 0, 0.0 MiB kept
+        last run  none yet
     """
     handle = handle_of(pipe)
     if handle is None:

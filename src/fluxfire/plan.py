@@ -102,7 +102,12 @@ CONFLICTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its name in `ORDER`, what it costs in exactness, and the settings it is applied with."""
+    """One step: its name in `ORDER`, what it costs in exactness, and the settings it is applied with.
+
+    Examples:
+        >>> print(fluxfire.Step("cache", "approximate", (("threshold", 0.1),)))
+        cache(threshold=0.1), approximate
+    """
 
     name: str
     kind: str  # "lossless" (up to rounding) or "approximate"
@@ -115,7 +120,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A step that was asked for and is left out, with the reason in full."""
+    """A step that was asked for and is left out, with the reason in full.
+
+    Examples:
+        >>> print(fluxfire.Skip("compile", "found no C++ compiler, ..."))
+        compile: left out, found no C++ compiler, ...
+    """
 
     name: str
     reason: str
@@ -126,7 +136,12 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `optimize_pipeline` will do: steps in order, and what it leaves out."""
+    """What `optimize_pipeline` will do: steps in order, and what it leaves out.
+
+    Examples:
+        >>> [step.name for step in fluxfire.plan_pipeline(pipe, compile=False).steps]
+        ['cache']
+    """
 
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...] = ()

@@ -35,7 +35,13 @@ SAMPLES: Final = 4  # values of each parameter: FLUX.1 has 780 parameters, so a 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells one model from another: digests, "" for weights that could not be read."""
+    """What tells one model from another: digests, "" for weights that could not be read.
+
+    Examples:
+        >>> one = fluxfire.Fingerprint("FluxTransformer2DModel", "a1", "b1", "c1")
+        >>> one.differs(fluxfire.Fingerprint("FluxTransformer2DModel", "a1", "b2", "c1"))
+        ['weights']
+    """
 
     denoiser: str
     config: str
@@ -58,6 +64,11 @@ class Setting:
     `error` holds for the share `quantile` of the prompts, `worst_error` for all; both are root mean square differences
     of pictures, 1 from black to white. `calls` of the denoiser were made for the prompts' pictures, of which `computed`
     were computed. `pictures` were made to find it. Of `max_error` and `speedup` one was asked, the other is None.
+
+    Examples:
+        >>> setting = fluxfire.tune(pipe, [prompt | {"output_type": "pil"}], max_error=0.5)
+        >>> fluxfire.apply_cache(pipe, setting) is pipe
+        True
     """
 
     threshold: float

@@ -33,6 +33,11 @@ def save_megacache(path: str | os.PathLike[str], *, megacache: str | os.PathLike
 
     Raises:
         ArtifactError: you have no key, the store cannot be read, or the place cannot be written.
+
+    Examples:
+        >>> fluxfire.save_megacache("compiled.pack")
+        Traceback (most recent call last):
+        fluxfire.errors.ArtifactError: found nothing in ..., needed compiled code: make a picture first
     """
     with _store(megacache) as store:
         if not store.keys():
@@ -58,6 +63,11 @@ def load_megacache(path: str | os.PathLike[str], *, megacache: str | os.PathLike
     Raises:
         ArtifactError: an entry is not signed by a key that you trust, or is damaged (the others are taken); or there
             is none.
+
+    Examples:
+        >>> fluxfire.load_megacache("compiled.pack")
+        Traceback (most recent call last):
+        fluxfire.errors.ArtifactError: ...
     """
     with _store(megacache) as store:
         if found := _whole(take(shelf_at(path), store, Keys())):

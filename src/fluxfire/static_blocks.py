@@ -130,6 +130,10 @@ def check_static_blocks(pipe: Any) -> str | None:
 
     Raises:
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_static_blocks(pipe)
+        'found FLUX.1, all of whose blocks see the timestep, needed FLUX.3: leave static_blocks out'
     """
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     if not family.static_lists:
@@ -157,6 +161,11 @@ def apply_static_blocks(pipe: Any) -> Any:
 
     Raises:
         NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> fluxfire.apply_static_blocks(pipe)
+        Traceback (most recent call last):
+        fluxfire.errors.StepError: static_blocks: found FLUX.1, all of whose blocks see the timestep, ...
     """
     with applying(pipe, Step("static_blocks", "lossless"), check_static_blocks(pipe)) as handle:
         lists = family_of(pipe).static_blocks(handle.denoiser)

@@ -17,7 +17,13 @@ MEASURED: Final[tuple[str, ...]] = ()
 
 @dataclass(frozen=True, slots=True)
 class CacheCall:
-    """One denoiser call: for every sample whether it hit, and its distance (nan: nothing to compare with)."""
+    """One denoiser call: for every sample whether it hit, and its distance (nan: nothing to compare with).
+
+    Examples:
+        >>> latents = fluxfire.apply_cache(pipe)(**prompt).images
+        >>> fluxfire.cache_stats(pipe).last_run[0]
+        CacheCall(step=0, branch=0, hits=(False,), distances=(nan,))
+    """
 
     step: int
     branch: int
@@ -32,6 +38,11 @@ class CacheStats:
     `outside` counts denoiser calls that belonged to no run of this pipeline, and so were computed: made after the last
     step, from another thread than the run's, or more than four a step. `other_steps` counts those of runs with another
     number of steps than that of the `Setting` in use: computed too.
+
+    Examples:
+        >>> latents = fluxfire.apply_cache(pipe, float("inf"))(**prompt).images
+        >>> fluxfire.cache_stats(pipe).marks()
+        '#.....'
     """
 
     threshold: float
@@ -58,6 +69,10 @@ class CompileStats:
 
     `recompilations` are graphs beyond one for each kind of module (a batch of 2 or more needs one more); `graph_breaks`
     is 0, since a break is an error. Graphs that an earlier pipeline of this process compiled are used and not counted.
+
+    Examples:
+        >>> fluxfire.report(fluxfire.apply_compile(pipe, backend="eager")).compile
+        CompileStats(graphs=0, recompilations=0, graph_breaks=0, seconds=0.0)
     """
 
     graphs: int
@@ -72,6 +87,10 @@ class ArtifactStats:
 
     `load_s` is what loading took, in whichever thread; `waited_s` what denoiser calls waited for it. `reasons` say with
     their counts what was compiled, and which block calls took the traced path, and why.
+
+    Examples:
+        >>> print(fluxfire.ArtifactStats(hits=2, bytes=2**20, served=56))
+        2 found (1.0 MiB in all), 0 compiled, 0 kept; ...; 56 block calls served, 0 traced
     """
 
     hits: int = 0
@@ -97,6 +116,10 @@ class TorchCacheStats:
 
     `loaded` and `kept` count torch's artifacts in the entry of the store when it was read and when it was written last.
     A graph may also be found in inductor's own folder.
+
+    Examples:
+        >>> print(fluxfire.TorchCacheStats(hits=2, loaded=9))
+        2 traced graphs found, 0 compiled; 9 artifacts loaded (0.0 MiB, 0.0 s), 0 kept
     """
 
     hits: int = 0
@@ -118,7 +141,12 @@ def _reasons(reasons: tuple[tuple[str, int], ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was applied and left out, and the counts so far. `print` it, or let a notebook show it."""
+    """What was applied and left out, and the counts so far. `print` it, or let a notebook show it.
+
+    Examples:
+        >>> fluxfire.report(fluxfire.apply_cache(pipe, 0)).as_dict()["pictures"]
+        "as the pipe's own, up to rounding"
+    """
 
     family: str
     steps: tuple[Step, ...]

@@ -42,7 +42,14 @@ Job = dict[str, Any]  # the arguments of one call of the pipeline
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The picture (or pictures) of one prompt at one threshold, with its error to the one at 0 and its calls."""
+    """The picture (or pictures) of one prompt at one threshold, with its error to the one at 0 and its calls.
+
+    Examples:
+        >>> trials = []
+        >>> setting = fluxfire.tune(pipe, [prompt | {"output_type": "pil"}], max_error=0.5, on_trial=trials.append)
+        >>> trials[0].threshold, trials[0].error, trials[0].calls
+        (0.0, 0.0, 6)
+    """
 
     prompt: int  # its place among the prompts
     threshold: float
@@ -119,6 +126,11 @@ def tune(
     Raises:
         ArgumentError: an argument that no pipeline could take, or a speedup that no threshold reaches.
         NotFluxError, StepError: no cache goes on this pipeline.
+
+    Examples:
+        >>> setting = fluxfire.tune(pipe, [prompt | {"output_type": "pil"}], max_error=0.5)
+        >>> (setting.prompts, setting.calls)
+        (1, 6)
     """
     _check(max_error, speedup, quantile)
     jobs = [_job(index, prompt, call or {}, seed) for index, prompt in enumerate(_listed(prompts))]

@@ -43,6 +43,11 @@ def warm(
     Raises:
         ArgumentError: no size or batch that could be.
         NotOptimizedError: fluxfire has not touched this pipeline.
+
+    Examples:
+        >>> made = fluxfire.warm(fluxfire.apply_cache(pipe), ["48x32"], batch=(1,), call=prompt)
+        >>> list(made)
+        [(48, 32, 1)]
     """
     if handle_of(pipe) is None:
         raise NotOptimizedError("found a pipeline as it was: call fluxfire.optimize_pipeline(pipe) before warm")
