@@ -63,6 +63,11 @@ def find_schedule(
         ArgumentError: no prompts, prompts of different numbers of steps, or fewer steps than `computed`.
         StepError: the pipeline has a cache.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> marks = fluxfire.find_schedule(pipe, [prompt], computed=4)
+        >>> (len(marks), marks.count("#"))
+        (6, 4)
     """
     if isinstance(prompts, str) or not prompts:
         raise ArgumentError(f"prompts: found {prompts!r}, needed a list of texts or of arguments of a call")
