@@ -134,7 +134,7 @@ def plot(work: Work, steps: int, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5.2), sharex=True)
     names = [name for name in METHODS if name != "another seed"]
     for axis, kind in zip(axes, KINDS, strict=True):
         found = rows(work, kind, steps)
@@ -153,7 +153,7 @@ def plot(work: Work, steps: int, path: Path) -> None:
             title=f"{TITLES[kind]}, {steps} steps", xlabel="denoiser calls saved, %", ylabel="PSNR to uncached, dB"
         )
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
