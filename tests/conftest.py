@@ -21,10 +21,13 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other o
 # Settings of every step with which pairs are exact and quick.
 PAIR_KNOBS: dict[str, dict[str, Any]] = {
     "memory_format": {},
+    "quantization": {"weights": "float8"},
     "fused_qkv": {},
+    "attention": {"backend": "math"},
     "compile": {"backend": "eager", "vae": True},
     "static_blocks": {},
     "cache": {"threshold": 0},
+    "modulation_table": {},
     "vae_tiling": {},
     "offload": {"kind": "group", "device": "cpu"},
 }

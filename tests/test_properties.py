@@ -21,6 +21,9 @@ from fluxfire.plan import ORDER
 KNOBS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "memory_format": st.just({}),
     "fused_qkv": st.just({}),
+    "quantization": st.fixed_dictionaries({"weights": st.sampled_from(["float8", "float8-after", "int8"])}),
+    "modulation_table": st.fixed_dictionaries({"weights": st.sampled_from(["gpu", "cpu"])}),
+    "attention": st.fixed_dictionaries({"backend": st.sampled_from(["auto", "native", "flash", "math"])}),
     "static_blocks": st.just({}),  # refused: these pipelines are FLUX.1
     "vae_tiling": st.just({}),
     "offload": st.fixed_dictionaries({"kind": st.sampled_from(["model", "group"]), "device": st.just("cpu")}),

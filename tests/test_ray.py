@@ -199,7 +199,7 @@ def test_load_spreads_over_the_replicas(cluster: Cluster):
 @pytest.mark.slow
 def test_more_than_fits_is_refused_with_429_and_when_to_come_again(cluster: Cluster):
     answers: list[httpx2.Response] = []
-    with ThreadPoolExecutor(80) as pool, cluster.held():  # 8 wait, and up to 2 x 2 have been taken
+    with ThreadPoolExecutor(80) as pool, cluster.held():  # 2 x 2 are taken, 8 wait
         for seed in range(80):
             pool.submit(lambda seed=seed: answers.append(cluster.ask(prompt="held", seed=seed)))
         wait_until(lambda: len(answers) >= 10)
@@ -207,7 +207,7 @@ def test_more_than_fits_is_refused_with_429_and_when_to_come_again(cluster: Clus
     assert {(answer.status_code, answer.headers["retry-after"]) for answer in early} == {(429, "5")}
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 8  # for Ray one waits until a replica has taken it, so a burst finds fewer places
+    assert statuses.count(200) >= 12
 
 
 @pytest.mark.slow

@@ -14,7 +14,16 @@ from fluxfire.plan import CONFLICTS, ORDER
 
 CORE = Path(fluxfire.__file__).parent
 FILES = sorted(path for path in CORE.glob("*.py") if path.name not in ("cli.py", "doctor.py"))  # the outer ring
-PARTS = {"errors", "plan", "patches", "blocks", "run", "stats", "setting"}  # what steps are made of; the rest are steps
+PARTS = {
+    "errors",
+    "plan",
+    "patches",
+    "blocks",
+    "linear",
+    "run",
+    "stats",
+    "setting",
+}  # what steps are made of; the rest are steps
 
 MEGACACHE = {"aot", "artifacts", "environment", "graphs", "megacache", "share", "structure", "torch_cache"}
 # The files of one step know each other.
@@ -63,6 +72,9 @@ def test_public_names_are_pinned() -> None:
         *("apply_static_blocks", "check_static_blocks"),
         *("Fingerprint", "Setting", "Trial", "tune"),
         *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "find_schedule", "set_cache_threshold"),
+        *("apply_attention", "check_attention"),
+        *("apply_quantization", "check_quantization", "load_quantized", "save_quantized"),
+        *("apply_modulation_table", "check_modulation_table"),
         *("optimize_pipeline", "plan_pipeline", "prefetch", "report", "restore_pipeline"),
         *("load_megacache", "save_megacache", "warm"),
     }
@@ -79,7 +91,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1570  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 3911
+    assert sum(lines.values()) - sum(ahead.values()) <= 5042
 
 
 def test_functions_stay_short() -> None:

@@ -7,6 +7,7 @@ fluxfire.restore_pipeline(pipe)
 """
 
 from fluxfire.artifacts import prefetch
+from fluxfire.attention import apply_attention, check_attention
 from fluxfire.cache import apply_cache, cache_stats, check_cache, set_cache_threshold
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import (
@@ -21,9 +22,11 @@ from fluxfire.errors import (
 )
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
+from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.quantize import apply_quantization, check_quantization, load_quantized, save_quantized
 from fluxfire.schedule import find_schedule
 from fluxfire.setting import Fingerprint, Setting
 from fluxfire.share import load_megacache, save_megacache
@@ -56,29 +59,37 @@ __all__ = [
     "Trial",
     "UndoError",
     "__version__",
+    "apply_attention",
     "apply_cache",
     "apply_compile",
     "apply_fused_qkv",
     "apply_memory_format",
+    "apply_modulation_table",
     "apply_offload",
+    "apply_quantization",
     "apply_static_blocks",
     "apply_vae_tiling",
     "cache_stats",
+    "check_attention",
     "check_cache",
     "check_compile",
     "check_fused_qkv",
     "check_memory_format",
+    "check_modulation_table",
     "check_offload",
+    "check_quantization",
     "check_static_blocks",
     "check_vae_tiling",
     "find_schedule",
     "load_megacache",
+    "load_quantized",
     "optimize_pipeline",
     "plan_pipeline",
     "prefetch",
     "report",
     "restore_pipeline",
     "save_megacache",
+    "save_quantized",
     "set_cache_threshold",
     "tune",
     "warm",

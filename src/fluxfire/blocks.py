@@ -30,6 +30,7 @@ class Family:
     block_lists: tuple[str, ...]  # of the denoiser, in the order in which they run, from the first with noise tokens on
     conditioning: tuple[str, ...]  # arguments of a denoiser call that tell one guidance branch from another
     per_sample: tuple[str, ...]  # arguments of a block, besides its two streams, that hold a row for each sample
+    modulated: tuple[str, ...] = ()  # of a block: norms with a modulation layer that sees `temb`
     static_lists: tuple[str, ...] = ()  # of the denoiser: blocks with the same inputs in every step of a run
 
     def blocks(self, denoiser: Any) -> list[torch.nn.Module]:
@@ -79,6 +80,7 @@ FAMILIES: Final = (
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         conditioning=("encoder_hidden_states", "pooled_projections"),
         per_sample=("temb", "joint_attention_kwargs"),
+        modulated=("norm1", "norm1_context", "norm"),
     ),
     Family(
         name="FLUX.2",

@@ -14,7 +14,9 @@ denoiser call looks first whether the weights are still the views (0.3 ms for 76
 `load_state_dict(assign=True)` and `fuse_lora(safe_fusing=True)` put others in their place: then a group is fused again
 before it runs, and counted. For inference: gradients do not reach the three weights.
 
-What cannot be fused any more runs as its three layers: under a LoRA loaded later, quantized, with hooks of an offload.
+Layers that fluxfire quantized before are fused as such: 8-bit weight and scales below each other, still one copy.
+
+What cannot be fused any more runs as its three layers: under a LoRA loaded later, with hooks of an offload.
 That is no error, since the pictures are right and a server may change adapters between requests; `report` counts these
 groups and says why. Without inductor it costs one copy of q, k and v more than never fused: restore if it is to stay.
 
@@ -29,12 +31,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
 from fluxfire.blocks import denoiser_of, own_offload_hook
+from fluxfire.linear import QuantizedLinear, hooked, obstacle, product
 from fluxfire.patches import Wrapper, applying
 from fluxfire.plan import Step
 
@@ -43,7 +46,6 @@ GROUPS: Final = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class FusedProjection:
         self.owner, self.root = path[0], path[name.startswith("vae")]
         self.weight: nn.Parameter | None = None  # (3 D, K); a Parameter, so that graphs take its shape as fixed
         self.bias: nn.Parameter | None = None  # (3 D,)
+        self.scale: nn.Parameter | None = None  # (3 D, 1), of quantized layers
+        self.kind, self.one = "", cast(torch.Tensor | None, None)  # theirs too
         self._path = path
         self._linears: tuple[Any, ...] = ()
         self._views: list[tuple[dict[str, Any], str, nn.Parameter | None, int]] = []  # (owner, key, ..., address)
@@ -76,11 +80,14 @@ class FusedProjection:
         """q, k and v of x: (B, L, K) -> (B, L, 3 D)."""
         if self.weight is None:
             return torch.cat([getattr(self.attention, layer)(x) for layer in self.layers], dim=-1)
+        if self.scale is not None:
+            return product(self.kind, x, self.weight, self.scale, self.bias, self.one)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def traced(self) -> dict[str, Any]:
         """What a graph reads of this object."""
-        return {"layers": self.layers, "weight": self.weight, "bias": self.bias}
+        read = ("layers", "kind", "weight", "bias", "scale", "one")
+        return {name: getattr(self, name) for name in read}
 
     __reduce_ex__ = Wrapper.__reduce_ex__  # a copy's product would not follow its weights
 
@@ -93,7 +100,7 @@ class FusedProjection:
         return (
             self.weight is not None
             and all(modules[layer] is linear for layer, linear in zip(self.layers, self._linears, strict=True))
-            and not any(map(_hooked, self._linears))
+            and not any(map(hooked, self._linears))
             and not any(map(own_offload_hook, self._path))
             and all(owner.get(key) is part and _address(part) == address for owner, key, part, address in self._views)
         )
@@ -102,8 +109,10 @@ class FusedProjection:
         """Makes the three weights, and biases, views of one tensor."""
         self.release()
         self._linears = tuple(getattr(self.attention, layer) for layer in self.layers)
+        first = self._linears[0]
+        names = ("numbers", "bias", "scale") if isinstance(first, QuantizedLinear) else ("weight", "bias")
         with torch.inference_mode(False), torch.no_grad():
-            parts = {key: [getattr(linear, key) for linear in self._linears] for key in ("weight", "bias")}
+            parts = {key: [getattr(linear, key) for linear in self._linears] for key in names}
             # All memory is taken before anything changes.
             wholes = {key: torch.cat(three) for key, three in parts.items() if three[0] is not None}
             for key, three in parts.items():
@@ -112,13 +121,14 @@ class FusedProjection:
                     if view is not None:
                         part.data = view
                     self._views.append((linear._parameters, key, part, _address(part)))
-            self.weight, self.bias = (
-                nn.Parameter(wholes[key], requires_grad=False) if key in wholes else None for key in parts
-            )
+            fused = {key: nn.Parameter(whole, requires_grad=False) for key, whole in wholes.items()}
+        self.weight, self.bias, self.scale = fused[names[0]], fused.get("bias"), fused.get("scale")
+        if isinstance(first, QuantizedLinear):
+            self.kind, self.one = first.kind, first.one
 
     def release(self) -> None:
         """Forgets the fused tensor; weights that are views of it stay so."""
-        self.weight = self.bias = None
+        self.weight = self.bias = self.scale = None
         self._views = []
 
     def split(self) -> None:
@@ -135,7 +145,7 @@ class FusedProjection:
             return f"found {self.name} moved by {hook}, needed weights that stay: load the pipeline without offload"
         linears: list[Any] = [self.attention._modules[layer] for layer in self.layers]
         for layer, linear in zip(self.layers, linears, strict=True):
-            if reason := _obstacle(linear):
+            if reason := obstacle(linear):
                 return f"found {self.name}.{layer} {reason}"
         kinds = {tuple((p.dtype, p.device, p.shape) for p in linear.parameters(recurse=False)) for linear in linears}
         if len(kinds) > 1:
@@ -144,32 +154,8 @@ class FusedProjection:
         return None
 
 
-def _obstacle(linear: Any) -> str | None:
-    """What makes a layer more than a product with its weight: "<found>, needed <what>: <what to type>", or None."""
-    if hasattr(linear, "base_layer"):
-        return (
-            f"under an adapter ({type(linear).__name__} of peft), needed the layer alone: pipe.fuse_lora() and "
-            "pipe.unload_lora_weights() keep the adapter in the weights"
-        )
-    weight = getattr(linear, "weight", None)
-    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        kind = f"{type(linear).__name__} with a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
-        return f"as {kind}, needed an nn.Linear with floating-point weights: load the transformer without quantization"
-    if _hooked(linear):
-        hooks = ", ".join(getattr(vars(linear).get("_diffusers_hook"), "hooks", ())) or "a hook on the layer"
-        return f"with {hooks}, which a fused projection would skip; needed none: load the pipeline without it"
-    if weight.device.type == "meta":
-        return "on the meta device, needed weights in memory: load the pipeline without offload"
-    return None
-
-
 def _address(part: torch.Tensor | None) -> int:
     return 0 if part is None else part.data_ptr()
-
-
-def _hooked(linear: Any) -> bool:
-    """Whether calling the layer does more than its own forward: layerwise casting, an offload, a user's hook."""
-    return "forward" in linear.__dict__ or bool(linear._forward_pre_hooks) or bool(linear._forward_hooks)
 
 
 class FusedProjections:

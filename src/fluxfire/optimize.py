@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
 
+from fluxfire.attention import APPROXIMATE, apply_attention, check_attention
 from fluxfire.blocks import family_of
 from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
+from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
 from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
+from fluxfire.quantize import apply_quantization, check_quantization
 from fluxfire.setting import Threshold
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks, has_static_blocks
 from fluxfire.stats import Report
@@ -34,10 +37,13 @@ class _Recipe:
 
 RECIPES: Final = {
     "memory_format": _Recipe(check_memory_format, apply_memory_format, "lossless"),
+    "quantization": _Recipe(check_quantization, apply_quantization, "approximate"),
     "fused_qkv": _Recipe(check_fused_qkv, apply_fused_qkv, "lossless"),
+    "attention": _Recipe(check_attention, apply_attention, "lossless"),
     "compile": _Recipe(check_compile, apply_compile, "lossless"),
     "static_blocks": _Recipe(check_static_blocks, apply_static_blocks, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
+    "modulation_table": _Recipe(check_modulation_table, apply_modulation_table, "lossless"),
     "vae_tiling": _Recipe(check_vae_tiling, apply_vae_tiling, "approximate"),
     "offload": _Recipe(check_offload, apply_offload, "lossless"),
 }
@@ -48,9 +54,12 @@ def plan_pipeline(
     *,
     cache_threshold: Threshold | None = 0.12,
     compile: bool | str = True,
+    attention: str | None = None,
+    quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
     memory_format: bool = False,
+    modulation: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
@@ -64,9 +73,12 @@ def plan_pipeline(
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits. Or what `tune`
             found, or the path of its file.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
+        quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
@@ -94,9 +106,12 @@ def plan_pipeline(
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
         "fused_qkv": (fuse_qkv, {}),
+        "quantization": (quantize is not None, {"weights": quantize}),
+        "attention": (attention is not None, {"backend": attention}),
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
+        "modulation_table": (modulation, {"weights": "gpu" if modulation is True else modulation}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
     }
@@ -104,7 +119,8 @@ def plan_pipeline(
     steps: list[Step] = []
     skips: list[Skip] = []
     for name in (name for name in ORDER if name in wanted):
-        step = Step(name, RECIPES[name].kind, tuple(wanted[name].items()))
+        kind = "approximate" if attention in APPROXIMATE and name == "attention" else RECIPES[name].kind
+        step = Step(name, kind, tuple(wanted[name].items()))
         reason = refusal(step, (*applied, *steps)) or RECIPES[name].check(pipe, **wanted[name])
         if reason and strict:
             raise StepError(f"{name}: {reason}")
@@ -120,9 +136,12 @@ def optimize_pipeline(
     *,
     cache_threshold: Threshold | None = 0.12,
     compile: bool | str = True,
+    attention: str | None = None,
+    quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
     memory_format: bool = False,
+    modulation: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
@@ -138,9 +157,12 @@ def optimize_pipeline(
         cache_threshold: see `apply_cache`; None leaves the cache out, 0 applies it and never hits. Or what `tune`
             found, or the path of its file.
         compile: True, False, or a mode of torch by name (`apply_compile`).
+        attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
+        quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
@@ -167,9 +189,12 @@ def optimize_pipeline(
         pipe,
         cache_threshold=cache_threshold,
         compile=compile,
+        attention=attention,
+        quantize=quantize,
         static_blocks=static_blocks,
         fuse_qkv=fuse_qkv,
         memory_format=memory_format,
+        modulation=modulation,
         vae_tiling=vae_tiling,
         offload=offload,
         megacache=megacache,

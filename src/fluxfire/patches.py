@@ -85,11 +85,16 @@ class _Attribute:
                 del self.owner.forward
 
 
+@dataclass(frozen=True, slots=True)
+class _Final:
+    reason: str
+
+
 class Patch:
     """The changes made to one pipeline, and the way back."""
 
     def __init__(self) -> None:
-        self._changes: list[_Attribute | Callable[[], object]] = []
+        self._changes: list[_Attribute | _Final | Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self._changes)
@@ -124,12 +129,19 @@ class Patch:
         """Calls `reverse()` at its turn in the undo: for changes that are no attributes, such as a tensor's layout."""
         self._changes.append(reverse)
 
+    def final(self, reason: str) -> None:
+        """What comes now cannot be taken back: an undo from before it is refused with this reason."""
+        self._changes.append(_Final(reason))
+
     def undo(self, start: int = 0) -> None:
         """Takes back all changes after the first `start`, the last one first.
 
         Raises:
-            UndoError: somebody wrapped an attribute in a way that we cannot step out of. Nothing was changed.
+            UndoError: somebody wrapped an attribute in a way that we cannot step out of, or something is final.
+                Nothing was changed.
         """
+        if final := next((change for change in self._changes[start:] if isinstance(change, _Final)), None):
+            raise UndoError(final.reason)
         blockers = [
             f"{type(change.owner).__name__}.{change.name} was replaced by {code_of(vars(change.owner)[change.name])}"
             for change in self._outermost(start)
@@ -139,6 +151,7 @@ class Patch:
             raise UndoError("; ".join(blockers) + ": take that off, then call fluxfire.restore_pipeline(pipe)")
         while len(self._changes) > start:
             change = self._changes[-1]
+            assert not isinstance(change, _Final)
             change.put_back() if isinstance(change, _Attribute) else change()
             self._changes.pop()  # last: a change that cannot be taken back now can be later
 

@@ -23,10 +23,13 @@ COPY: Final = (
 # Steps are applied in this order.
 ORDER: Final = (
     "memory_format",  # first: what is compiled later is compiled for this layout
+    "quantization",  # before fusing: 8-bit layers are fused as such, in one copy
     "fused_qkv",  # before compilation: the graphs hold the fused projection
+    "attention",  # before compilation: the graphs hold the kernel
     "compile",  # the blocks' own forward, so that no graph holds a later step's decision
     "static_blocks",  # over the compiled blocks, and under the cache: rows of a batch are the cache's to choose
     "cache",  # over the compiled blocks: its decision depends on data and stays outside the graphs
+    "modulation_table",  # over the cache: it hands rows of a batch on as it does other inputs of a block
     "vae_tiling",
     "offload",  # last: its hooks stand around everything
 )
@@ -56,20 +59,29 @@ _GRAPHS = (
     'use mode="max-autotune-no-cudagraphs" or mode="default"'
 )
 _WHOLE = (
-    "this step decides between the blocks what to compute, and one graph of the whole denoiser has no such place: "
+    "this step decides between the blocks what they are given, and one graph of the whole denoiser has no such place: "
     'use apply_compile(pipe, scope="blocks")'
 )
 _INSIDE = (
     'the offload\'s hooks would stand inside a compiled graph, which they break: use kind "model", or "group" by '
     'blocks with scope="blocks" and vae=False'
 )
+_BETWEEN: Final = ("static_blocks", "cache", "modulation_table")
 CONFLICTS: Final = (
     *(
         Conflict("compile", (("mode", mode),), keeper, (), f'mode "{mode}" {_GRAPHS}')
         for mode in ("reduce-overhead", "max-autotune")
         for keeper in ("static_blocks", "cache")
     ),
-    *(Conflict("compile", (("scope", "denoiser"),), keeper, (), _WHOLE) for keeper in ("static_blocks", "cache")),
+    *(Conflict("compile", (("scope", "denoiser"),), keeper, (), _WHOLE) for keeper in _BETWEEN),
+    Conflict(
+        "attention",
+        (),
+        "compile",
+        (("scope", "denoiser"),),
+        "the attention kernel is chosen around each denoiser call, which one graph of all would hold: use "
+        'apply_compile(pipe, scope="blocks")',
+    ),
     Conflict(
         "fused_qkv",
         (),
@@ -90,6 +102,27 @@ CONFLICTS: Final = (
         _INSIDE,
     ),
     Conflict("compile", (), "offload", (("kind", "sequential"),), _INSIDE),
+    Conflict(
+        "modulation_table",
+        (("weights", "cpu"),),
+        "offload",
+        (),
+        'an offload keeps these weights in host memory anyway: weights="gpu"',
+    ),
+    Conflict(
+        "modulation_table",
+        (),
+        "offload",
+        (("kind", "sequential"),),
+        'an offload by layers brings the weights of one layer, and all are needed at once: kind "model" or "group"',
+    ),
+    Conflict(
+        "modulation_table",
+        (),
+        "offload",
+        (("use_stream", True),),
+        "diffusers learns from the first call in which order weights travel, and a table changes it: use_stream=False",
+    ),
     Conflict(
         "vae_tiling",
         (),

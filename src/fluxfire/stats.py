@@ -178,6 +178,9 @@ class Report:
         for name, counts in self.other:
             told = [f"{key} {value}" for key, value in asdict(counts).items() if value != ""]
             rows.append((name, str(counts) if isinstance(counts, ArtifactStats | TorchCacheStats) else ", ".join(told)))
+        names = {step.name for step in self.steps}
+        if "quantization" in names and "compile" not in names:
+            rows.append(("warning", "8-bit products are slower than bfloat16 without compilation: compile=True"))
         if self.lost:
             what = f"a step is not in effect any more, somebody replaced {', '.join(sorted(set(self.lost)))}"
             rows.append(("warning", f"{what}: call fluxfire.restore_pipeline(pipe), then optimize again"))

@@ -17,6 +17,8 @@ import fluxfire
 from fluxfire.bench import peers
 from fluxfire.errors import ArgumentError
 
+_HALF: Final = ", every other step forced to hit"
+
 # Changes a pipeline in place for runs of so many steps; returns what tells the last run's steps, "#.#." or "".
 Apply = Callable[[Any, int], Callable[[], str]]
 
@@ -114,7 +116,72 @@ def _ablations() -> list[Variant]:
     return made
 
 
-_HALF = ", every other step forced to hit"
+# The steps of a stack by their short names, in the order in which they are applied.
+PARTS: Final[dict[str, Callable[[Any], Any]]] = {
+    "float8": lambda pipe: fluxfire.apply_quantization(pipe, "float8", keep_original=None),
+    "float8-after": lambda pipe: fluxfire.apply_quantization(pipe, "float8-after", keep_original=None),
+    "int8": lambda pipe: fluxfire.apply_quantization(pipe, "int8", keep_original=None),
+    "int8-weights": lambda pipe: fluxfire.apply_quantization(pipe, "int8-weights", keep_original=None),
+    "fused": fluxfire.apply_fused_qkv,
+    **{
+        f"attention-{name}": partial(fluxfire.apply_attention, backend=name)
+        for name in ("auto", "cudnn", "flash", "fa3", "fa4", "sage")
+    },
+    "modulation-gpu": partial(fluxfire.apply_modulation_table, weights="gpu"),
+    "modulation-cpu": partial(fluxfire.apply_modulation_table, weights="cpu"),
+}
+# What may make inductor's kernels around the products better; float8's scales are reductions in them.
+REDUCTIONS: Final[dict[str, dict[str, Any]]] = {
+    "coordinate_descent_tuning": FLAGS["coordinate_descent_tuning"],
+    "multi_kernel": {"triton.multi_kernel": 1},  # a persistent and a looped reduction each, the faster one stays
+    "cooperative_reductions": {"triton.cooperative_reductions": True},
+    MAX_AUTOTUNE: {},
+}
+
+
+def _stacked(parts: tuple[str, ...], flag: str, half: bool, pipe: Any, steps: int) -> Callable[[], str]:
+    """These parts and compilation by block, in `ORDER`; the cache between compilation and the modulation table."""
+    last = [part for part in parts if part.startswith("modulation")]
+    for part in parts:
+        if part not in last:
+            PARTS[part](pipe)
+    mode = flag if flag == MAX_AUTOTUNE else "default"
+    fluxfire.apply_compile(pipe, mode=mode, options=REDUCTIONS.get(flag, {}), megacache=None)
+    marks = _cache_half(pipe, steps) if half else no_marks
+    for part in last:
+        PARTS[part](pipe)
+    return marks
+
+
+def _stack(name: str, *parts: str, flag: str = "", half: bool = False, group: str = "speed") -> Variant:
+    what = " + ".join((*parts, "compile", *([flag] if flag else []), *(["cache"] if half else [])))
+    return Variant(name, partial(_stacked, parts, flag, half), what + _HALF * half, flag=flag, group=group)
+
+
+_LOSSLESS: Final = ("fused", "attention-auto", "modulation-gpu")
+
+
+def _stacks() -> list[Variant]:
+    """Each step alone on compiled blocks, then all of them; in float8 too, and that with one thing more or other."""
+    made = [_stack(part, part) for part in PARTS if part not in ("int8-weights", "attention-sage", "attention-fa3")]
+    made += [_stack(part, part, group="speed-more") for part in ("int8-weights", "attention-sage", "attention-fa3")]
+    made += [
+        _stack("lossless-all", *_LOSSLESS),
+        _stack("lossless-small", "modulation-cpu"),
+        _stack("float8-fused", "float8", "fused"),
+        _stack("float8-all", "float8", *_LOSSLESS),
+        _stack("float8-after-all", "float8-after", *_LOSSLESS),
+        _stack("float8-small", "float8", "fused", "modulation-cpu"),
+        _stack("float8-half", "float8", half=True),
+        _stack("float8-all-half", "float8", *_LOSSLESS, half=True),
+        _stack("float8-after-all-half", "float8-after", *_LOSSLESS, half=True),
+    ]
+    for flag in REDUCTIONS:
+        for kind in ("float8", "float8-after"):
+            made.append(_stack(f"{kind}-all+{flag}", kind, *_LOSSLESS, flag=flag, group="float8-ablation"))
+    return made
+
+
 VARIANTS: Final = {
     variant.name: variant
     for variant in (
@@ -160,6 +227,7 @@ VARIANTS: Final = {
             f"compiled max-autotune-no-cudagraphs, dynamic, its inductor flags{_HALF}",
             isolated=True,
         ),
+        *_stacks(),
         *_ablations(),
     )
 }
@@ -167,7 +235,7 @@ GROUPS: Final = {
     "default": tuple(name for name, variant in VARIANTS.items() if variant.group == "peers" and not variant.isolated),
     **{
         group: tuple(name for name, variant in VARIANTS.items() if variant.group == group)
-        for group in ("peers", "ablation", "ablation-stack")
+        for group in ("peers", "speed", "speed-more", "float8-ablation", "ablation", "ablation-stack")
     },
 }
 
