@@ -95,7 +95,7 @@ def load(folder: Path) -> Group:
     found: Group = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
-        found += [(data["run"], row) for row in data["rows"] if {"variant", "what", "beside"} <= set(row)]
+        found += [(data["run"], row) for row in data.get("rows", ()) if {"variant", "what", "beside"} <= set(row)]
     return found
 
 

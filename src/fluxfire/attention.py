@@ -73,6 +73,9 @@ def check_attention(pipe: Any, backend: str = "auto") -> str | None:
     Raises:
         ArgumentError: no backend of that name.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_attention(pipe, "native")
     """
     if backend not in ("auto", *BACKENDS):
         raise ArgumentError(f'backend: found {backend!r}, needed "auto" or one of {", ".join(map(repr, BACKENDS))}')
@@ -112,6 +115,11 @@ def apply_attention(pipe: Any, backend: str = "auto") -> Any:
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> image = fluxfire.apply_attention(pipe, "auto")(**prompt).images
+        >>> dict(fluxfire.report(pipe).other)["attention"].backend
+        'native'
     """
     kind = "approximate" if backend in APPROXIMATE else "lossless"
     reason = check_attention(pipe, backend)

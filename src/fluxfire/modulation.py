@@ -93,6 +93,9 @@ def check_modulation_table(pipe: Any, *, weights: str = "gpu") -> str | None:
     Raises:
         ArgumentError: an argument that no pipeline could take.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_modulation_table(pipe)
     """
     if weights not in WEIGHTS:
         raise ArgumentError(f'weights: found {weights!r}, needed "gpu" (where they are) or "cpu" (host memory)')
@@ -124,6 +127,11 @@ def apply_modulation_table(pipe: Any, *, weights: str = "gpu") -> Any:
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> image = fluxfire.apply_modulation_table(pipe)(**prompt).images
+        >>> dict(fluxfire.report(pipe).other)["modulation_table"].from_table
+        6
     """
     reason = check_modulation_table(pipe, weights=weights)
     with applying(pipe, Step("modulation_table", "lossless", (("weights", weights),)), reason) as handle:

@@ -34,13 +34,15 @@ from torch import nn
 
 from fluxfire.blocks import FAMILIES, denoiser_of, family_of, offload_hook
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
-from fluxfire.linear import KINDS, MULTIPLE, QuantizedLinear, obstacle
+from fluxfire.linear import DTYPES, KINDS, MULTIPLE, QuantizedLinear, obstacle
 from fluxfire.patches import applying
 from fluxfire.plan import Handle, Step
 
 KEEP: Final = ("cpu", None)
 FILE: Final = "quantized.safetensors"
 FORMAT: Final = "fluxfire-quantized-1"
+
+_DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 # Parts of a block, by what is in their name, that stay as they are.
 STAY: Final = ("norm", "mod", "processor", "lora_")
@@ -72,6 +74,9 @@ def check_quantization(pipe: Any, weights: str = "float8", *, keep_original: str
     Raises:
         ArgumentError: an argument that no pipeline could take.
         NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_quantization(pipe, "int8-weights")
     """
     if weights not in KINDS:
         raise ArgumentError(f"weights: found {weights!r}, needed one of {', '.join(map(repr, KINDS))}")
@@ -124,6 +129,11 @@ def apply_quantization(pipe: Any, weights: str = "float8", *, keep_original: str
 
     Raises:
         ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> image = fluxfire.apply_quantization(pipe, "int8-weights")(**prompt).images
+        >>> dict(fluxfire.report(pipe).other)["quantization"].weight_error < 0.02
+        True
     """
     reason = check_quantization(pipe, weights, keep_original=keep_original)
     settings = (("weights", weights), ("keep_original", keep_original))
@@ -218,6 +228,12 @@ def save_quantized(pipe: Any, folder: str | PathLike[str]) -> None:
         NotFluxError: `pipe` is no FLUX pipeline.
         NotOptimizedError: nothing in it is quantized.
         StepError: an adapter is in it.
+
+    Examples:
+        >>> fluxfire.save_quantized(pipe, "quantized")
+        Traceback (most recent call last):
+            ...
+        fluxfire.errors.NotOptimizedError: found nothing quantized in this pipeline: call ...
     """
     from safetensors.torch import save_file
 
@@ -248,6 +264,12 @@ def load_quantized(folder: str | PathLike[str], device: str | torch.device = "cp
 
     Raises:
         ArgumentError: the folder does not hold what `save_quantized` writes.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fluxfire.save_quantized(fluxfire.apply_quantization(pipe, "int8-weights"), folder)
+        ...     pipe.transformer = fluxfire.load_quantized(folder)
     """
     import diffusers
     from safetensors import safe_open
@@ -266,9 +288,11 @@ def load_quantized(folder: str | PathLike[str], device: str | torch.device = "cp
         with torch.device("meta"):
             denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
         for name, (kind, dtype) in json.loads(told["layers"]).items():
+            if kind not in KINDS or dtype not in _DTYPES:
+                raise ArgumentError(f"{FILE}: found {name} of {kind!r} and {dtype!r}, needed what this version writes")
             parent, _, key = name.rpartition(".")
             layer = denoiser.get_submodule(name)
-            ours = QuantizedLinear(layer.in_features, layer.out_features, kind, getattr(torch, dtype))
+            ours = QuantizedLinear(layer.in_features, layer.out_features, kind, _DTYPES[dtype])
             ours.bias = layer.bias
             denoiser.get_submodule(parent)._modules[key] = ours
         expected = {name: tensor.shape for name, tensor in denoiser.named_parameters()}
