@@ -34,6 +34,7 @@ import torch
 
 from fluxfire.blocks import denoiser_of
 from fluxfire.errors import ArgumentError
+from fluxfire.linear import DTYPES
 from fluxfire.patches import applying
 from fluxfire.plan import Handle, Step
 
@@ -92,11 +93,13 @@ def check_attention(pipe: Any, backend: str = "auto") -> str | None:
     weight = next(denoiser.parameters())
     device = torch.accelerator.current_accelerator(check_available=True) if weight.device.type == "cpu" else None
     heads, size = _heads(modules[0])
+    # Quantized and cast weights are in another type than what is computed in.
+    dtype = next((p.dtype for p in denoiser.parameters() if p.dtype in DTYPES), weight.dtype)
     try:
         with _trying(backend):
-            _attend(backend, _random((1, 128, heads, size), device or weight.device, weight.dtype))
+            _attend(backend, _random((1, 128, heads, size), device or weight.device, dtype))
     except Exception as error:  # a kernel raises anything for what it does not take
-        what = f"{heads} heads of {size} channels in {weight.dtype} on {device or weight.device}"
+        what = f"{heads} heads of {size} channels in {dtype} on {device or weight.device}"
         return f'found that "{backend}" does not take {what} ({str(error).partition(chr(10))[0]}): use backend="auto"'
     return None
 
