@@ -108,6 +108,7 @@ def test_killed_worker_is_replaced_and_only_its_batch_is_lost(stubbed: Served):
 
 
 def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served, monkeypatch: pytest.MonkeyPatch):
+    open_before = len(os.listdir("/proc/self/fd"))
     for fault in ("die", "hang", "half", "nonsense") * 3:
         before = stubbed.engine.supervisor.worker.pid
         with monkeypatch.context() as patch:
@@ -118,7 +119,7 @@ def test_worker_that_dies_hangs_or_talks_nonsense_is_replaced(stubbed: Served, m
         wait_until(lambda: stubbed.http.get("/readyz").status_code == 200)
         assert stubbed.engine.supervisor.worker.pid != before
         assert stubbed.http.post("/inference", json={"prompt": "well"}).status_code == 200
-    assert len(os.listdir("/proc/self/fd")) < 100
+    assert len(os.listdir("/proc/self/fd")) < open_before + 12  # of twelve workers each would leave its pipes
 
 
 def test_not_ready_while_a_new_worker_warms_up(stubbed: Served, monkeypatch: pytest.MonkeyPatch):
