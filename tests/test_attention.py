@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import fluxfire
 from fluxfire import attention
+from fluxfire.cache import borrowed_cache
 from fluxfire.structure import describe
 
 ON_CPU = ("auto", "native", "flash", "math")
@@ -25,6 +26,16 @@ def processors(pipe: Any) -> list[Any]:
 
 def backends(pipe: Any) -> set[str]:
     return {str(getattr(one._attention_backend, "value", None)) for one in processors(pipe)}
+
+
+def test_a_first_call_within_a_borrowed_cache_leaves_the_backend_on(pipe: Any) -> None:
+    fluxfire.apply_attention(pipe, "math")
+    with borrowed_cache(pipe):  # as `tune` does: what is patched meanwhile is taken back
+        run(pipe)
+    run(pipe)
+    assert backends(pipe) == {"_native_math"}
+    fluxfire.restore_pipeline(pipe)
+    assert backends(pipe) == {"None"}
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

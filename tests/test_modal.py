@@ -130,9 +130,16 @@ def test_a_gpu_snapshot_is_asked_for_by_name_and_none_is_none(tmp_path: Path):
         assert server.implementation_name == implementation
 
 
-@pytest.mark.parametrize("name", ["api_keys", "hf_token", "s3_secret_access_key"])
-def test_a_secret_among_the_settings_is_refused_without_its_value(name: str):
-    with pytest.raises(ArgumentError, match=f"{name} is a secret: put FLUXFIRE_{name.upper()} into") as refused:
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        ("api_keys", "FLUXFIRE_API_KEYS"),
+        ("hf_token", "HF_TOKEN"),
+        ("s3_secret_access_key", "FLUXFIRE_S3_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_secret_among_the_settings_is_refused_without_its_value(name: str, variable: str):
+    with pytest.raises(ArgumentError, match=f"{name} is a secret: put {variable} into") as refused:
         make_app(settings={name: "hunter2"})
     assert "hunter2" not in str(refused.value)
 

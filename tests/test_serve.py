@@ -340,6 +340,7 @@ def test_keyed_request_survives_its_clients_disconnection(served: Served, serve_
 
 
 def test_alive_and_counting_during_generation(served: Served):
+    threads = threading.active_count()
     with served.held() as running:
         assert served.http.get("/livez").status_code == 200
         assert not running.done()
@@ -357,4 +358,4 @@ def test_alive_and_counting_during_generation(served: Served):
     hits, computed = (values[f"fluxfire_cache_{name}_total"] for name in ("hits", "computed"))
     assert values["fluxfire_cache_hit_rate"] == pytest.approx(hits / (hits + computed))
     assert "teapot" not in text
-    assert threading.active_count() < 60
+    assert threading.active_count() < threads + 40  # the pools have filled up

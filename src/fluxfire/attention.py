@@ -148,22 +148,20 @@ class Attention:
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Chooses, looks whether every processor has it (an IP-Adapter brings new ones), and calls on."""
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
         attentions = _attentions(self._handle.denoiser)
         if self._backend == "auto":
             call = inspect.signature(forward).bind(*args, **kwargs).arguments
             self._backend, self._why = _fastest(*_shape(attentions[0], call))
-        for attention in attentions:
-            if not any(attention.processor is known for known in self._processors):
-                self._put(attention.processor)
+        name = AttentionBackendName(BACKENDS[self._backend])
+        for processor in (attention.processor for attention in attentions):
+            # None also where `tune` took back what was put while it ran.
+            if processor._attention_backend is None or not any(processor is known for known in self._processors):
+                self._handle.patch.set(processor, "_attention_backend", name)
+                self._processors.append(processor)
         with _implementation(self._backend):
             return forward(*args, **kwargs)
-
-    def _put(self, processor: Any) -> None:
-        from diffusers.models.attention_dispatch import AttentionBackendName
-
-        name = AttentionBackendName(BACKENDS[self._backend])
-        self._handle.patch.set(processor, "_attention_backend", name)
-        self._processors.append(processor)
 
 
 def _attentions(denoiser: Any) -> list[Any]:
@@ -254,6 +252,8 @@ def _fastest(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     if device.type != "cuda":
         return "native", f"the one there is on {device.type}"
     times, errors = measure(shape, device, dtype)
+    if "native" not in times:
+        return "native", "not measured: it failed beside the model, as where memory is short"
     told = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
     return choose(times, errors), f"measured, ms at {shape[1]} tokens x {shape[0]}: {told}"
 

@@ -157,7 +157,7 @@ class Modulation:
         self._layers: list[list[nn.Linear]] = [[norm.linear for norm in norms] for norms in self._norms]
         self._silus = {norm: norm.silu for norms in self._norms for norm in norms}
         self._given: dict[Any, Given] = {}
-        self._devices = {layer: layer.weight.device for layers in self._layers for layer in layers}
+        self._waits = False  # whether the weights are in host memory while the denoiser is elsewhere
         self._reader: RunReader[_Table] = RunReader(pipe, family, _Table)
         self._signature = inspect.signature(self._denoiser.forward)
         self._pipe = weakref.ref(pipe)
@@ -176,6 +176,7 @@ class Modulation:
 
     def take(self, weights: str) -> None:
         """Puts `Given` in the place of every layer, and the weights where they are to wait."""
+        self._waits = weights == "cpu"
         for norms, layers in zip(self._norms, self._layers, strict=True):
             starts = itertools.accumulate((layer.out_features for layer in layers), initial=0)
             for norm, layer, start in zip(norms, layers, starts, strict=False):
@@ -196,8 +197,8 @@ class Modulation:
                 key = next(key for key, module in holder._modules.items() if module is ours)
                 holder._modules[key] = layer
                 norm._modules["silu"] = self._silus[norm]
-                for part in layer.parameters():
-                    part.data = part.data.to(self._devices[layer])
+                for part in layer.parameters() if self._waits else ():
+                    part.data = part.data.to(self._denoiser.x_embedder.weight.device)  # where it is now
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Finds this call's rows, making the table at the first one, and calls on."""

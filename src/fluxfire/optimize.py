@@ -150,7 +150,8 @@ def optimize_pipeline(
 ) -> Any:
     """Makes a FLUX pipeline fast, in place. Approximate.
 
-    The cache is the one approximate step that is on by default; `cache_threshold=None` leaves only lossless ones.
+    The cache is the one approximate step that is on by default; with `cache_threshold=None` the
+    defaults are lossless.
 
     Args:
         pipe: a FLUX pipeline, on the device and in the data type in which it will run.

@@ -115,6 +115,9 @@ class _Record:
             raise ArgumentError(f"{found}, needed the same for all: the sizes and steps of one schedule")
         self.sigmas = sigmas
         for outputs in self._outputs.values():
+            if len(outputs) != len(sigmas) - 1:
+                found = f"prompts: found {len(outputs)} denoiser calls in a run of {len(sigmas) - 1} steps"
+                raise ArgumentError(f"{found}, needed one a step: runs that begin in the middle have no schedule")
             flat = torch.stack(outputs).float().flatten(1)
             self.gram = self.gram + (flat @ flat.T).double().cpu() / flat.shape[1]
         self._outputs = {}

@@ -193,11 +193,18 @@ def _keep(volume: str) -> None:
 
 def _environment(model: str, settings: Mapping[str, Any]) -> dict[str, str | None]:
     if secret := sorted(settings.keys() & secret_names()):
-        raise ArgumentError(f"{secret[0]} is a secret: put FLUXFIRE_{secret[0].upper()} into the Secret of Modal")
+        name = Settings.model_fields[secret[0]].validation_alias or f"FLUXFIRE_{secret[0].upper()}"
+        raise ArgumentError(f"{secret[0]} is a secret: put {name} into the Secret of Modal")
     if unknown := sorted(settings.keys() - Settings.model_fields.keys()):
         known = sorted(Settings.model_fields.keys() - secret_names())
         raise ArgumentError(f"settings: found {unknown[0]}, needed one of {', '.join(known)}")
-    ours = {"model": model, "host": "0.0.0.0", "port": PORT, "device": "cuda", "drain_s": GRACE_S - 5}
+    ours = {
+        "model": model,
+        "host": "0.0.0.0",
+        "port": PORT,
+        "device": "cuda",
+        "drain_s": GRACE_S - 15,
+    }  # what is kept is committed after it
     values = {"storage_dir": "/tmp/pictures"} | ours | dict(settings)
     environment: dict[str, str | None] = {"HF_HOME": "/weights", "XDG_CACHE_HOME": "/megacache"}
     for key, value in values.items():

@@ -83,8 +83,9 @@ def generate(
         Cancelled: there was none.
     """
     run = _Run(model, shape, list(samples), watch)
-    if shape.cache_threshold is not None:
-        fluxfire.set_cache_threshold(model.pipe, shape.cache_threshold)
+    threshold = shape.cache_threshold
+    if threshold is not None and threshold != fluxfire.cache_stats(model.pipe).threshold:  # else a tuned setting stays
+        fluxfire.set_cache_threshold(model.pipe, threshold)
     hook = model.pipe.transformer.register_forward_pre_hook(run.on_denoiser)
     try:
         images = model.pipe(**_arguments(model, shape, samples), callback_on_step_end=run.on_step).images

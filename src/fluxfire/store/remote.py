@@ -122,7 +122,7 @@ def sign(shelf: Shelf, to: Shelf, keys: Keys) -> Iterator[Moved]:
             sealed = shelf.read(f"entries/{key}.json", SIGNED_LIMIT)
             manifest = Manifest.decode(sealed[: sealed.find(b"\n") + 1], key)
             name = f"payloads/{manifest.payload_sha256}"
-            payload = manifest.check(shelf.read(name, manifest.payload_bytes))
+            payload = manifest.check(shelf.read(name, min(manifest.payload_bytes, PAYLOAD_LIMIT)))
             if to is not shelf:
                 to.write(name, payload)
             to.write(f"entries/{key}.json", keys.seal(manifest))
