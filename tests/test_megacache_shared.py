@@ -23,6 +23,7 @@ import fluxfire.megacache
 import fluxfire.structure
 from fluxfire.megacache import Artifact, MegaCache
 from fluxfire.store import Manifest, Store, remote, shelves
+from fluxfire.store.files import StoreError
 from fluxfire.store.manifest import digest
 from fluxfire.store.remote import fetch, give, keys_on
 from fluxfire.store.shelves import shelf_at
@@ -353,6 +354,13 @@ def test_what_cannot_be_shared_is_refused(place: str, share: Any, words: str) ->
 
     with pytest.raises(fluxfire.ArgumentError, match=words):
         fluxfire.apply_compile(make_pipe(), megacache=place, share=share)
+
+
+@pytest.mark.parametrize("place", ["s3://key:hunter2@bucket/x", "az://container/x?sig=hunter2"])
+def test_a_url_with_a_secret_in_it_is_refused_without_it(place: str) -> None:
+    with pytest.raises(StoreError, match="secret in the URL") as refused:
+        shelf_at(place)
+    assert "hunter2" not in str(refused.value)
 
 
 def test_warm_makes_each_size_and_batch(calls: Callable[..., Any]) -> None:

@@ -61,11 +61,14 @@ def shelf_at(place: str | os.PathLike[str]) -> Shelf:
     """The shelf at a URL, or in a file.
 
     Raises:
-        StoreError: no such scheme, or what it needs is not installed.
+        StoreError: no such scheme, a secret in the URL, or what it needs is not installed.
     """
     if not is_url(place):
         return Pack(place)
-    scheme = urlsplit(str(place)).scheme
+    parts = urlsplit(str(place))
+    if parts.password or parts.query:  # the URL is told in manifests and logs
+        raise StoreError(f"found a secret in the URL of {parts.scheme}://, needed it in the environment alone")
+    scheme = parts.scheme
     if scheme not in SCHEMES:
         raise StoreError(f"found {scheme}://, needed one of {', '.join(f'{known}://' for known in SCHEMES)}")
     return Patient(Hub(str(place)) if scheme == "hf" else Bucket(str(place)))
