@@ -66,10 +66,10 @@ def test_other_step_counts_sizes_and_a_run_that_raised(pipe: Any) -> None:
     assert stats(pipe).computed == 0
 
 
-def call(pipe: Any, timestep: float, guidance: float = 3.5, seed: int = 1) -> torch.Tensor:
+def call(pipe: Any, timestep: float, guidance: float = 3.5, given: dict[str, torch.Tensor] | None = None) -> Any:
     """One denoiser call as a loop of one's own makes it."""
     generator = torch.Generator().manual_seed(7)
-    given = embeds(seed=seed)
+    given = given or embeds()
     out: torch.Tensor = pipe.transformer(
         hidden_states=torch.randn(1, 6, 16, generator=generator),
         encoder_hidden_states=given["prompt_embeds"],
@@ -92,21 +92,10 @@ def test_a_loop_that_calls_with_other_timesteps_or_guidance_is_computed() -> Non
     asked: list[Any] = [(known[0], 3.5), (known[1] + 1, 3.5), (known[2], 4.0), (known[2], 3.5)]
     expected = [call(pipe, *one) for one in asked]
     fluxfire.apply_modulation_table(pipe)
-    given = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
     outs = []
-    for index, (timestep, guidance) in enumerate(asked):
+    for index, one in enumerate(asked):
         pipe.scheduler._step_index = min(index, 2)
-        out = pipe.transformer(
-            hidden_states=torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(7)),
-            encoder_hidden_states=given[0],
-            pooled_projections=given[1],
-            timestep=torch.tensor([timestep]) / 1000,
-            guidance=torch.tensor([guidance]),
-            txt_ids=torch.zeros(7, 3),
-            img_ids=torch.zeros(6, 3),
-            return_dict=False,
-        )[0]
-        outs.append(out)
+        outs.append(call(pipe, *one, conditioning))
     assert all(near(out, wanted) for out, wanted in zip(outs, expected, strict=True))
     assert stats(pipe).from_table < len(asked) and stats(pipe).computed >= 2
     assert near(call(pipe, 123.0), _plain(call, 123.0))  # of no run, with a timestep of nobody's

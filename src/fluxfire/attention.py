@@ -137,10 +137,10 @@ class Attention:
     """The backend of one denoiser: chosen at the first call, put on its processors, also on new ones."""
 
     def __init__(self, handle: Handle, backend: str) -> None:
-        self._handle = handle
-        self._backend = backend
+        self._handle, self._backend = handle, backend
         self._why = "" if backend != "auto" else "to be measured at the first call"
-        self._processors: list[Any] = []
+        self._attentions = _attentions(handle.denoiser)  # found once: a walk over all modules takes a millisecond
+        self._known: dict[int, Any] = {}  # processors that have been given the backend, by id, which they keep taken
 
     def stats(self) -> AttentionStats:
         """A snapshot."""
@@ -150,25 +150,24 @@ class Attention:
         """Chooses, looks whether every processor has it (an IP-Adapter brings new ones), and calls on."""
         from diffusers.models.attention_dispatch import AttentionBackendName
 
-        attentions = _attentions(self._handle.denoiser)
         if self._backend == "auto":
             call = inspect.signature(forward).bind(*args, **kwargs).arguments
-            self._backend, self._why = _fastest(*_shape(attentions[0], call))
+            self._backend, self._why = _fastest(*_shape(self._attentions[0], call))
         name = AttentionBackendName(BACKENDS[self._backend])
-        for processor in (attention.processor for attention in attentions):
+        for processor in (attention.processor for attention in self._attentions):
+            if not hasattr(processor, "_attention_backend"):
+                continue  # of somebody's own, put there meanwhile
             # None also where `tune` took back what was put while it ran.
-            if processor._attention_backend is None or not any(processor is known for known in self._processors):
+            if processor._attention_backend is None or id(processor) not in self._known:
                 self._handle.patch.set(processor, "_attention_backend", name)
-                self._processors.append(processor)
+                self._known[id(processor)] = processor
         with _implementation(self._backend):
             return forward(*args, **kwargs)
 
 
 def _attentions(denoiser: Any) -> list[Any]:
     """The modules whose processor takes a backend."""
-    return [
-        module for module in denoiser.modules() if hasattr(getattr(module, "processor", None), "_attention_backend")
-    ]
+    return [part for part in denoiser.modules() if hasattr(getattr(part, "processor", None), "_attention_backend")]
 
 
 def _heads(attention: Any) -> tuple[int, int]:
