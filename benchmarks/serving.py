@@ -552,7 +552,7 @@ def throughput(small: bool) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     assert on_gpu or small, "throughput needs a GPU; --small tries it out on a CPU"
     names = ("full", "full_half", "full_float8_half") if on_gpu and not small else ("tiny", "tiny_half")
-    side, device = (32, "cpu") if names[0] == "tiny" else (1024, "cuda")
+    side, device = 32 if names[0] == "tiny" else 1024, "cuda" if on_gpu else "cpu"
     rows = []
     for name in names:
         options = {"model": f"serving_model:{name}", "device": device, "warm_sizes": [[side, side]], "max_batch": 4}

@@ -29,7 +29,7 @@ def full_half() -> Model:
 
 
 def full_float8() -> Model:
-    """The transformer's linears in row-wise float8, compiled by block."""
+    """The blocks' products in float8, compiled by block."""
     return _make("t2i-1024", float8=True)
 
 
@@ -59,12 +59,10 @@ def _make(name: str, *, float8: bool = False, half: bool = False) -> Model:
         text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=_words(), tokenizer_2=_words()
     )
     if float8:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-        quantize_(
-            pipe.transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        )
+        fluxfire.apply_quantization(pipe, "float8", keep_original=None)
+        fluxfire.apply_fused_qkv(pipe)
     if device.type == "cuda":
+        fluxfire.apply_attention(pipe)
         fluxfire.apply_compile(pipe, megacache=None)
     fluxfire.apply_cache(pipe, HIT_ANYWAY if half else 0, max_consecutive_hits=1)
     return Model(pipe, name, workload.side_px, 28, workloads.GUIDANCE, workload.text_tokens)
