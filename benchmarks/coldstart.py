@@ -8,7 +8,8 @@ A checkpoint of random bfloat16 values is written first, in shards; then each va
 caches of torch and Triton, once with the checkpoint in the page cache and once without (`posix_fadvise`). A picture of
 1024x1024, batch 1, prompts given as embeddings, no VAE: text encoders and VAE cost every variant the same. The seconds:
 
-- `imports_s`: process start (the interpreter's too) until torch, diffusers and fluxfire are imported;
+- `imports_s`: process start (the interpreter's too) until torch, diffusers and fluxfire are imported, from the bytecode
+  that an earlier process wrote;
 - `weights_s`: `from_pretrained(..., device_map=...)`, until the weights are on the device;
 - `artifacts_s`: what came on top of eager before the first step: `apply_compile`, and what the first step waited for
   artifacts (`load_s` is what loading them took, whichever thread did it);
@@ -249,6 +250,8 @@ def child(arguments: list[str], folder: Path, timeout_s: float) -> dict[str, Any
     """Runs this file in a process of its own with empty caches; its last line of output, as JSON."""
     with tempfile.TemporaryDirectory(dir=folder) as caches:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+        if sys.dont_write_bytecode:  # as in some images: each process would compile all modules that it imports
+            fresh |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
         command = [sys.executable, __file__, "--folder", str(folder), *arguments, "--started", repr(time.time())]
         try:
             done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True, timeout=timeout_s)

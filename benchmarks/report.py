@@ -76,6 +76,7 @@ After a first call and a warm-up run, whole pictures are made stage by stage, fr
 - *J a picture*: the whole board, by the driver's counter. *GPU %*: time with any kernel running; *SM %*, *tensor %* and
   *DRAM GB/s*: NVML's performance counters. *cost a picture*: at the price an hour that stands with the run.
 """
+OURS: Final = ("#e4572e", "#4c78a8")
 CLAIMS: Final = {
     "channels_last": "part of the 1.5 x",
     "fused_qkv": "part of the 1.5 x",
@@ -97,6 +98,11 @@ def load(folder: Path) -> Group:
         data = json.loads(path.read_text())
         found += [(data["run"], row) for row in data.get("rows", ()) if {"variant", "what", "beside"} <= set(row)]
     return found
+
+
+def is_peer(row: results.Row) -> bool:
+    """Whether another library made it."""
+    return str(row["variant"]).startswith(("diffusers", "cache-dit", "torchao", "original"))
 
 
 def is_ablation(row: results.Row) -> bool:
@@ -212,8 +218,7 @@ def draw(folder: Path, path: Path) -> None:
         names = [str(row["variant"]) + " (host)" * row["host"] for row in rows]
         left = [0.0] * len(rows)
         for stage, colour in stages.items():
-            ours = {"eager": "#b0b0b0", "fluxfire": "#e4572e", "fluxfire-half": "#e4572e"}
-            colours = [ours.get(str(row["variant"]), "#4c78a8") for row in rows]
+            colours = ["#b0b0b0" if row["variant"] == "eager" else OURS[is_peer(row)] for row in rows]
             values = [row[stage] or 0.0 for row in rows]
             axis.barh(names, values, left=left, color=colour or colours, height=0.7)
             left = [a + b for a, b in zip(left, values, strict=True)]
@@ -230,7 +235,8 @@ def draw(folder: Path, path: Path) -> None:
         axis.set_title(f"{TITLES[workload]}, batch {batch}, {steps} steps, {gpu}", fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    note = "seconds a picture: text encoders (light grey), reference's encoding (yellow), denoising, decoding (dark)\n"
+    note = "fluxfire (red), others (blue); seconds a picture: "
+    note += "text encoders (light grey), reference's encoding (yellow), denoising, decoding (dark)\n"
     note += "x: denoising against eager's; dotted: the machine's limit, no step cached\n"
     figure.supxlabel(note + "random weights: hits are forced, every other step in “half”", fontsize=8)
     figure.savefig(path, dpi=150)

@@ -516,3 +516,12 @@ def test_batches_are_an_artifact_of_their_own(tmp_path: Path, flux_class: type) 
         assert relative(run(pipe, batch=batch), baseline[batch]) <= 1e-5
     found = artifacts(pipe)
     assert (found.misses, found.kept, found.traced) == (4, 4, 0)
+
+
+def test_prefetch_lets_other_threads_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = sys.getswitchinterval(), []
+    monkeypatch.setattr(MegaCache, "_prefetch", lambda _: seen.append(sys.getswitchinterval()))
+    for _ in range(2):
+        fluxfire.prefetch(tmp_path).join()
+    assert seen == [pytest.approx(megacache.SWITCH_S)] * 2
+    assert sys.getswitchinterval() == before

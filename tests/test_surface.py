@@ -90,7 +90,7 @@ def test_the_core_stays_small() -> None:
     lines = {path.name: len(examples.sub("", path.read_text()).splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
-    assert sum(ahead.values()) <= 1570  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
+    assert sum(ahead.values()) <= 1590  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
     assert sum(lines.values()) - sum(ahead.values()) <= 5042
 
 

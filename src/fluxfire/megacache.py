@@ -23,7 +23,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ CLAIM_WAIT_S: Final = 120.0  # for another process that compiles the same
 _LOG: Final = logging.getLogger(__name__)
 _OPEN: dict[tuple[str, str, bool], MegaCache] = {}
 _LOCK: Final = threading.RLock()
+_BACKGROUND: Final = threading.Lock()
+SWITCH_S: Final = 2e-5
 
 
 @dataclass(slots=True)
@@ -220,6 +222,10 @@ class MegaCache:
 
     def prefetch(self) -> None:
         """Imports, then loads the artifacts of this environment that were used last. Never raises."""
+        with _in_the_background():
+            self._prefetch()
+
+    def _prefetch(self) -> None:
         try:
             for name in ("torch._dynamo.aot_compile", "torch._inductor.compile_fx"):
                 importlib.import_module(name)
@@ -264,6 +270,22 @@ class MegaCache:
         run.disable_guard_check()  # type: ignore[attr-defined]
         modules = tuple(manifest.facts["sources"])
         return Artifact(fields, run, modules, b"", len(payload), time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _in_the_background() -> Iterator[None]:
+    """Lets other threads have the interpreter as soon as they ask, not after Python's 5 ms.
+
+    Loading weights gives the interpreter up and asks for it again some thousand times: beside a thread that imports, it
+    would wait until that is done.
+    """
+    with _BACKGROUND:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(before)
 
 
 class _Absent(Unknown):
