@@ -28,6 +28,7 @@ PAIR_KNOBS: dict[str, dict[str, Any]] = {
     "static_blocks": {},
     "cache": {"threshold": 0},
     "modulation_table": {},
+    "prompts": {},
     "vae_tiling": {},
     "offload": {"kind": "group", "device": "cpu"},
 }

@@ -74,6 +74,7 @@ def test_public_names_are_pinned() -> None:
         *("apply_fused_qkv", "check_fused_qkv", "cache_stats", "find_schedule", "set_cache_threshold"),
         *("apply_attention", "check_attention"),
         *("apply_quantization", "check_quantization", "load_quantized", "save_quantized"),
+        *("apply_prompts", "check_prompts"),
         *("apply_modulation_table", "check_modulation_table"),
         *("optimize_pipeline", "plan_pipeline", "prefetch", "report", "restore_pipeline"),
         *("load_megacache", "save_megacache", "warm"),
@@ -91,7 +92,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1590  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 5042
+    assert sum(lines.values()) - sum(ahead.values()) <= 5272
 
 
 def test_functions_stay_short() -> None:

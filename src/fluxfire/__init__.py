@@ -26,6 +26,7 @@ from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.optimize import optimize_pipeline, plan_pipeline, report, restore_pipeline
 from fluxfire.plan import Plan, Skip, Step
+from fluxfire.prompts import apply_prompts, check_prompts
 from fluxfire.quantize import apply_quantization, check_quantization, load_quantized, save_quantized
 from fluxfire.schedule import find_schedule
 from fluxfire.setting import Fingerprint, Setting
@@ -66,6 +67,7 @@ __all__ = [
     "apply_memory_format",
     "apply_modulation_table",
     "apply_offload",
+    "apply_prompts",
     "apply_quantization",
     "apply_static_blocks",
     "apply_vae_tiling",
@@ -77,6 +79,7 @@ __all__ = [
     "check_memory_format",
     "check_modulation_table",
     "check_offload",
+    "check_prompts",
     "check_quantization",
     "check_static_blocks",
     "check_vae_tiling",

@@ -22,6 +22,7 @@ from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
 from fluxfire.patches import handle_of, mark, unmark
 from fluxfire.plan import ORDER, Plan, Skip, Step, refusal
+from fluxfire.prompts import apply_prompts, check_prompts
 from fluxfire.quantize import apply_quantization, check_quantization
 from fluxfire.setting import Threshold
 from fluxfire.static_blocks import apply_static_blocks, check_static_blocks, has_static_blocks
@@ -44,6 +45,7 @@ RECIPES: Final = {
     "static_blocks": _Recipe(check_static_blocks, apply_static_blocks, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
     "modulation_table": _Recipe(check_modulation_table, apply_modulation_table, "lossless"),
+    "prompts": _Recipe(check_prompts, apply_prompts, "lossless"),
     "vae_tiling": _Recipe(check_vae_tiling, apply_vae_tiling, "approximate"),
     "offload": _Recipe(check_offload, apply_offload, "lossless"),
 }
@@ -60,6 +62,7 @@ def plan_pipeline(
     fuse_qkv: bool = False,
     memory_format: bool = False,
     modulation: bool | str = False,
+    prompts: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
@@ -79,6 +82,7 @@ def plan_pipeline(
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
+        prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
@@ -112,6 +116,7 @@ def plan_pipeline(
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
         "modulation_table": (modulation, {"weights": "gpu" if modulation is True else modulation}),
+        "prompts": (prompts, {"encoders": "stay" if prompts is True else prompts}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
     }
@@ -142,6 +147,7 @@ def optimize_pipeline(
     fuse_qkv: bool = False,
     memory_format: bool = False,
     modulation: bool | str = False,
+    prompts: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
     megacache: str | PathLike[str] | None = "auto",
@@ -164,6 +170,7 @@ def optimize_pipeline(
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
+        prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
         megacache: where compiled code is found and kept: "auto", a path, a URL, or None (`apply_compile`).
@@ -196,6 +203,7 @@ def optimize_pipeline(
         fuse_qkv=fuse_qkv,
         memory_format=memory_format,
         modulation=modulation,
+        prompts=prompts,
         vae_tiling=vae_tiling,
         offload=offload,
         megacache=megacache,

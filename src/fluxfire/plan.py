@@ -30,6 +30,7 @@ ORDER: Final = (
     "static_blocks",  # over the compiled blocks, and under the cache: rows of a batch are the cache's to choose
     "cache",  # over the compiled blocks: its decision depends on data and stays outside the graphs
     "modulation_table",  # over the cache: it hands rows of a batch on as it does other inputs of a block
+    "prompts",
     "vae_tiling",
     "offload",  # last: its hooks stand around everything
 )
@@ -122,6 +123,13 @@ CONFLICTS: Final = (
         "offload",
         (("use_stream", True),),
         "diffusers learns from the first call in which order weights travel, and a table changes it: use_stream=False",
+    ),
+    Conflict(
+        "prompts",
+        (("encoders", "cpu"),),
+        "offload",
+        (),
+        'an offload keeps the encoders in host memory anyway: encoders="stay"',
     ),
     Conflict(
         "vae_tiling",

@@ -1,0 +1,244 @@
+"""Prompts: what text encoders made of a prompt is remembered, and the encoders may wait in host memory.
+
+A FLUX pipeline encodes its prompt in every call: with FLUX.1 9 GiB of CLIP and T5 weights for one pass of 512 tokens.
+The same prompt gives the same numbers, so those of the last prompts are kept (4 MB each in bfloat16): a gallery of
+seeds, an edit of many pictures and a server's favourites run no encoder at all.
+
+With encoders="cpu" their weights are on the accelerator only while they run: 9 GiB less for the rest of a picture, and
+what a new prompt costs is their way over the bus. It is `apply_offload(pipe, "model")` for those parts alone; the
+denoiser stays where it is. Their forward brings them, so pipelines that share the encoders work as before.
+
+Remembered is by all that `encode_prompt` is given. Whatever could change the numbers forgets all: other encoders, other
+weights (`load_lora_weights`, `fuse_lora`, `.to(dtype)`: each has a parameter or a version of one that is new). Tensors
+among the arguments (prompt embeddings of one's own), gradients and training mode pass by.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from fluxfire.blocks import denoiser_of, offload_hook
+from fluxfire.errors import ArgumentError
+from fluxfire.patches import applying
+from fluxfire.plan import Step
+
+ENCODERS: Final = ("stay", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStats:
+    """Calls of `encode_prompt` answered from memory and by the encoders, what is kept, journeys of the encoders."""
+
+    remembered: int
+    encoded: int
+    kept: int
+    kept_bytes: int
+    brought: int
+
+
+def check_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> str | None:
+    """Why `apply_prompts` with these arguments would refuse this pipeline, or None.
+
+    Raises:
+        ArgumentError: an argument that no pipeline could take.
+        NotFluxError: `pipe` is no FLUX pipeline.
+
+    Examples:
+        >>> fluxfire.check_prompts(pipe)
+        'found no text encoder in FluxPipeline, needed one: leave prompts out'
+    """
+    if isinstance(entries, bool) or not isinstance(entries, int) or entries < 0:
+        raise ArgumentError(f"entries: found {entries!r}, needed a number of prompts to remember, 0 or more")
+    if encoders not in ENCODERS:
+        raise ArgumentError(f'encoders: found {encoders!r}, needed "stay" (where they are) or "cpu" (host memory)')
+    denoiser_of(pipe)
+    if not callable(getattr(pipe, "encode_prompt", None)):
+        return f"found a {type(pipe).__name__}, which has no encode_prompt: leave prompts out"
+    found = _encoders(pipe)
+    if not found:
+        return f"found no text encoder in {type(pipe).__name__}, needed one: leave prompts out"
+    for name, encoder in found.items() if encoders == "cpu" else ():
+        if hook := offload_hook(encoder):
+            return f'found {name} offloaded already ({hook}): encoders="stay"'
+        if any(type(p) is not nn.Parameter for p in encoder.parameters()):
+            return f'found {name} quantized, whose weights move in a way of their own: encoders="stay"'
+        if next((part for part in pipe.components.values() if isinstance(part, nn.Module)), None) is encoder:
+            return f'found {name} first among the parts, from which the pipeline tells its device: encoders="stay"'
+    return None
+
+
+def apply_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> Any:
+    """Remembers what the last prompts were encoded to; on request the encoders wait in host memory. Lossless.
+
+    Args:
+        pipe: a FLUX pipeline, changed in place.
+        entries: prompts to remember (4 MB each of FLUX.1 in bfloat16); the one unused for longest goes first.
+        encoders: "stay": where they are; "cpu": in host memory (pinned, where there is CUDA) unless they run.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        ArgumentError, NotFluxError, StepError: nothing was changed.
+
+    Examples:
+        >>> from fluxfire import demo
+        >>> pipe = fluxfire.apply_prompts(demo.load_pipeline())
+        >>> with torch.no_grad():
+        ...     made = [pipe.encode_prompt("teapot, noto style", max_sequence_length=24) for _ in range(3)]
+        >>> dict(fluxfire.report(pipe).other)["prompts"].remembered
+        2
+    """
+    reason = check_prompts(pipe, entries=entries, encoders=encoders)
+    settings = (("entries", entries), ("encoders", encoders))
+    with applying(pipe, Step("prompts", "lossless", settings), reason) as handle:
+        state = Prompts(pipe, entries)
+        if encoders == "cpu":
+            for encoder in _encoders(pipe).values():
+                waiting = Waiting(encoder)
+                handle.patch.on_undo(waiting.put_back)
+                waiting.leave()
+                handle.patch.wrap(encoder, "forward", waiting.around_forward)
+                state.waiting.append(waiting)
+        handle.patch.wrap(pipe, "encode_prompt", state.around_encode)
+        handle.states["prompts"] = state
+    return pipe
+
+
+class Prompts:
+    """What one pipeline remembers."""
+
+    def __init__(self, pipe: Any, entries: int) -> None:
+        self._pipe, self._entries = pipe, entries
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[object, tuple[Any, ...]] = OrderedDict()
+        self._weights: object = None
+        self._remembered = self._encoded = 0
+        self.waiting: list[Waiting] = []
+
+    def stats(self) -> PromptStats:
+        """A snapshot."""
+        with self._lock:
+            tensors = [part for made in self._kept.values() for part in made if isinstance(part, torch.Tensor)]
+            kept_bytes = sum(tensor.nbytes for tensor in tensors)
+            brought = sum(one.brought for one in self.waiting)
+            return PromptStats(self._remembered, self._encoded, len(self._kept), kept_bytes, brought)
+
+    def around_encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What was made of these arguments before, as new tensors; else what is made now."""
+        key = self._key(encode, args, kwargs)
+        if key is None:
+            return encode(*args, **kwargs)
+        with self._lock:
+            if (weights := self._version()) != self._weights:
+                self._kept.clear()
+                self._weights = weights
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                self._remembered += 1
+                return _copied(found)
+        made = encode(*args, **kwargs)
+        with self._lock:
+            self._encoded += 1
+            if isinstance(made, tuple) and weights == self._version():
+                self._kept[key] = _copied(made)
+            while len(self._kept) > self._entries:
+                self._kept.popitem(last=False)
+        return made
+
+    def _key(self, encode: Callable[..., Any], args: Any, kwargs: Any) -> object:
+        """All arguments as one plain value; None where a call is not to be remembered."""
+        encoders = _encoders(self._pipe).values()
+        if not self._entries or torch.is_grad_enabled() or any(encoder.training for encoder in encoders):
+            return None
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _plain(bound.arguments)
+
+    def _version(self) -> object:
+        """Of the encoders and tokenizers: changes when any of their weights does."""
+        parts = [part for name, part in sorted(self._pipe.components.items()) if name.startswith(("text", "tokenizer"))]
+        weights = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+        return [id(part) for part in parts], [(id(p), p._version, p.dtype) for p in weights]
+
+
+class Waiting:
+    """An encoder whose weights wait in host memory, and are on the device of its inputs while it runs."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self._tensors = list(dict.fromkeys([*encoder.parameters(), *encoder.buffers()]))
+        self._before = [tensor.device for tensor in self._tensors]
+        self._host: list[torch.Tensor] = []
+        self._lock = threading.RLock()
+        self.brought = 0
+
+    def leave(self) -> None:
+        """Takes the weights off the device."""
+        with torch.inference_mode(False), torch.no_grad():
+            pin = torch.cuda.is_available()
+            self._host = [t.data.pin_memory() if pin and t.is_cpu else _to_host(t.data, pin) for t in self._tensors]
+            self._set(self._host)
+
+    def around_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Brings the weights, runs, and lets go of them."""
+        device = _device_of([*args, *kwargs.values()])
+        if device is None or all(tensor.device == device for tensor in self._tensors):
+            return forward(*args, **kwargs)
+        with self._lock:
+            self._host = [tensor.data for tensor in self._tensors]
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._set([tensor.to(device, non_blocking=True) for tensor in self._host])
+                self.brought += 1
+                return forward(*args, **kwargs)
+            finally:
+                self._set(self._host)
+
+    def put_back(self) -> None:
+        """To the device on which the weights were."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._set([tensor.data.to(device) for tensor, device in zip(self._tensors, self._before, strict=True)])
+
+    def _set(self, values: list[torch.Tensor]) -> None:
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.data = value
+
+
+def _device_of(inputs: list[Any]) -> torch.device | None:
+    return next((value.device for value in inputs if isinstance(value, torch.Tensor)), None)
+
+
+def _to_host(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
+    host = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+    return host.copy_(tensor)
+
+
+def _encoders(pipe: Any) -> dict[str, Any]:
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+
+
+def _copied(made: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in made)
+
+
+def _plain(value: Any) -> Any:
+    """As something to be compared by value; None where there is a tensor or anything else in it."""
+    if value is None or isinstance(value, str | int | float | torch.device):
+        return type(value).__name__, value
+    if isinstance(value, list | tuple):
+        parts = [_plain(part) for part in value]
+        return None if None in parts else (type(value).__name__, *parts)
+    if isinstance(value, dict):
+        parts = [(name, _plain(part)) for name, part in value.items()]
+        return None if any(part is None for _, part in parts) else tuple(parts)
+    return None
