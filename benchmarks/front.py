@@ -1,13 +1,14 @@
 """Quality against denoiser calls saved, on the embedded model: fluxfire, its peers, and fewer steps.
 
-    python benchmarks/front.py --work ~/front        # goes on where it stopped; then writes table and plot
+    python benchmarks/front.py --work ~/front --workers 8   # goes on where it stopped, then writes the report
 
-Held-out prompts and edits (names of `fluxfire.demo.prompts` never trained on), float32, one thread. Pictures are
-compared before they are rounded to bytes, with those of the same pipeline without a cache. Each method is tuned over
-its own knobs on other pictures than those that count: of what saves a target's share of calls, the settings with the
-highest PSNR are run on the pictures that count. Calls are counted where they happen: at the last block's attention.
+Held-out prompts and edits (names of `fluxfire.demo.prompts` never trained on), float32, one thread a process. Pictures
+are compared before they are rounded to bytes, with those of the same pipeline without a cache. Each method is tuned
+over its own knobs on other pictures than those that count: of what saves a target's share of calls, the settings with
+the highest PSNR are run on the pictures that count. Calls are counted where they happen: at the last block's attention.
 
-Needs the extras `bench`, `demo` and `para-attn`, and for the references of edits `training/README.md`'s pictures (npm).
+Needs the extras `bench`, `demo`, `quality` and `para-attn`, and for the references of edits `training/README.md`'s
+pictures (npm), which are then kept in the folder.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ import copy
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
+import queue
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from front_methods import METHODS, Method, Settings, calibrate_magcache
+from front_methods import ARTICLE, METHODS, Method, Settings, calibrate_magcache
 
 import fluxfire
 from fluxfire import demo
+from fluxfire.bench import quality
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `training`
 
@@ -38,6 +44,7 @@ KINDS: Final[tuple[Kind, ...]] = ("t2i", "edit")
 TARGETS: Final = (0.5, 0.64)  # share of calls saved; of 28 and 50 steps, 10 and 18 computed calls save 64 %
 TUNE: Final = 8  # pictures of each kind to tune on, the last of the 200 held-out names
 SHARD: Final = 10  # pictures of a line of the results, and of a call where the method takes batches
+SCORES: Final = ("ssim", "ms_ssim", "flip", "ssimulacra2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ def fresh() -> Any:
 
 @functools.cache
 @torch.no_grad()
-def inputs(kind: Kind, shard: int) -> Inputs:
+def inputs(folder: Path, kind: Kind, shard: int) -> Inputs:
     """The held-out pictures of a shard; those to tune on are shard -1."""
     pipe, cases = loaded(), demo.prompts("edit")
     chosen = cases[-TUNE:] if shard < 0 else cases[:-TUNE][shard * SHARD : (shard + 1) * SHARD]
@@ -84,14 +91,34 @@ def inputs(kind: Kind, shard: int) -> Inputs:
     embeds, pooled, _ = pipe.encode_prompt(prompts, max_sequence_length=24)
     references = None
     if kind == "edit":
-        from training import data
+        drawn = kept(folder / "references.npy", _references)[[cases.index(c) for c in chosen]]
 
-        index = {name: i for i, name in enumerate(data.names())}
-        drawn = [data.load()[data.STYLES.index(str(c.source)), index[c.name]] for c in chosen]
-        pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = pipe.vae.encode(pictures).latent_dist.mode()
-        references = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        def encode() -> np.ndarray:
+            pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents = pipe.vae.encode(pictures).latent_dist.mode()
+            encoded: np.ndarray = ((latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor).numpy()
+            return encoded
+
+        references = torch.from_numpy(kept(folder / f"references-{shard}.npy", encode))
     return Inputs(embeds, pooled, references, [c.seed + (1000 if kind == "t2i" else 0) for c in chosen])
+
+
+def _references() -> np.ndarray:
+    """The pictures (200, h, w, 3) of all edits, uint8."""
+    from training import data
+
+    index = {name: i for i, name in enumerate(data.names())}
+    return np.stack([data.load()[data.STYLES.index(str(c.source)), index[c.name]] for c in demo.prompts("edit")])
+
+
+def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array that takes long, from this file."""
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, make())
+        partial.replace(path)
+    array: np.ndarray = np.load(path)
+    return array
 
 
 @torch.no_grad()
@@ -109,63 +136,69 @@ class Work:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.scores = False  # whether the report has SSIM, FLIP and SSIMULACRA2, some minutes of work
-        (folder / "latents").mkdir(parents=True, exist_ok=True)
+        for name in ("latents", "pictures"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         self.points: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("points-*.jsonl")):
             self.points |= {point["key"]: point for point in map(json.loads, path.read_text().splitlines())}
 
-    @functools.cache  # noqa: B019
-    def pictures(self, key: str) -> np.ndarray:
-        """Of a baseline."""
-        return decode(np.load(self.folder / "latents" / f"{key}.npy"))
+    def latents(self, key: str) -> np.ndarray:
+        """Of a point."""
+        found: np.ndarray = np.load(self.folder / "latents" / f"{key}.npy")
+        return found
 
-    def baseline(self, point: dict[str, Any]) -> np.ndarray:
-        """The uncached pictures of a point's shard."""
-        return self.pictures(_spec("baseline", {}, point["kind"], point["steps"], point["shard"])[1])
+    def baseline(self, kind: Kind, steps: int, shard: int) -> np.ndarray:
+        """The uncached pictures (n, h, w, 3) of a shard, floats of 0 to 1."""
+        key = Job("baseline", {}, kind, steps, shard).key
+        return kept(self.folder / "pictures" / f"{key}.npy", lambda: decode(self.latents(key)))
 
     def shards(self, method: Method, settings: Settings, kind: Kind, steps: int) -> list[dict[str, Any]]:
         """The points that count of these settings, as far as they were made."""
-        keys = [_spec(method.name, settings, kind, steps, shard)[1] for shard in range(1000)]
+        keys = [Job(method.name, settings, kind, steps, shard).key for shard in range(200 // SHARD)]
         return [self.points[key] for key in keys if key in self.points]
 
-    def kept(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Numbers that take long, from a file of this name."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            path.write_text(json.dumps(make()))
-        numbers: dict[str, float] = json.loads(path.read_text())
-        return numbers
+    def made(self, job: Job) -> bool:
+        """Whether it was."""
+        if job.method == "baseline":
+            return (self.folder / "latents" / f"{job.key}.npy").exists()
+        return job.key in self.points
 
-    def make(self, method: Method | None, settings: Settings, kind: Kind, steps: int, shard: int) -> dict[str, Any]:
-        """Makes a shard's pictures, unless there are, and writes its line; None for the method: the baseline."""
-        name = method.name if method else "baseline"
-        spec, key = _spec(name, settings, kind, steps, shard)
-        if known := self.points.get(key):
-            return known
-        baseline = None if method is None else self.pictures(self.make(None, {}, kind, steps, shard)["key"])
-        start = time.process_time()
-        latents, saved = self._run(method, settings, kind, steps, shard)
-        np.save(self.folder / "latents" / f"{key}.npy", latents)
-        point = spec | {"key": key, "saved": saved}
-        if baseline is not None:
-            squares = ((decode(latents) - baseline).astype(np.float64) ** 2).mean((1, 2, 3))
-            point["psnr"] = [round(float(-10 * np.log10(max(value, 1e-12))), 4) for value in squares]
-        point["cpu_s"] = round(time.process_time() - start, 1)
-        with (self.folder / f"points-{name.replace(' ', '-')}.jsonl").open("a") as file:
+    def add(self, point: dict[str, Any]) -> None:
+        """Writes a point's line."""
+        with (self.folder / f"points-{point['method'].replace(' ', '-')}.jsonl").open("a") as file:
             file.write(json.dumps(point) + "\n")
-        self.points[key] = point
-        told = "" if method is None else f"{np.mean(saved):.1%} saved, {np.mean(point['psnr']):.2f} dB"
-        print(f"{name} {settings} {kind} {steps} shard {shard}: {told} in {point['cpu_s']} s", flush=True)
-        return point
+        self.points[point["key"]] = point
 
-    def _run(
-        self, method: Method | None, settings: Settings, kind: Kind, steps: int, shard: int
-    ) -> tuple[np.ndarray, list[float]]:
+    def make(self, job: Job) -> dict[str, Any] | None:
+        """Makes a shard's pictures and keeps them; gives its point, None for a baseline."""
+        start = time.process_time()
+        if job.method == "baseline":
+            kept(self.folder / "latents" / f"{job.key}.npy", lambda: self._run(job)[0])
+            self.baseline(job.kind, job.steps, job.shard)
+            return None
+        baseline = self.baseline(job.kind, job.steps, job.shard)
+        if job.method == "JPEG":
+            pictures = np.stack([quality.jpeg(picture, job.settings["quality"]) for picture in baseline])
+            pictures, saved = (pictures / 255).astype(np.float32), []
+        else:
+            latents, saved = self._run(job)
+            np.save(self.folder / "latents" / f"{job.key}.npy", latents)
+            pictures = decode(latents)
+        squares = ((pictures - baseline).astype(np.float64) ** 2).mean((1, 2, 3))
+        point = job.spec | {"key": job.key, "saved": saved}
+        point["psnr"] = [round(float(-10 * np.log10(max(value, 1e-12))), 4) for value in squares]
+        if job.shard >= 0:
+            for name in SCORES:
+                values = [quality.METRICS[name].measure(a, b) for a, b in zip(baseline, pictures, strict=True)]
+                point[name] = round(float(np.mean(values)), 6)
+        return point | {"cpu_s": round(time.process_time() - start, 1)}
+
+    def _run(self, job: Job) -> tuple[np.ndarray, list[float]]:
         """The latents of every picture, and the share of its calls that were saved."""
-        pipe, given = fresh(), inputs(kind, shard)
-        if method and method.name == "diffusers MagCache":
-            settings = settings | {"mag_ratios": self._mag_ratios(kind, steps)}
+        method, settings, steps = METHODS.get(job.method), job.settings, job.steps
+        pipe, given = fresh(), inputs(self.folder, job.kind, job.shard)
+        if job.method == "diffusers MagCache":
+            settings = settings | {"mag_ratios": self._mag_ratios(job.kind, steps)}
         if method:
             method.apply(pipe, settings, steps)
         calls = [0]
@@ -182,7 +215,7 @@ class Work:
                 run = fluxfire.cache_stats(pipe).last_run
                 share = [sum(c.hits[row] for c in run) / steps for row in range(len(made[-1]))]
             saved += [round(value, 4) for value in share]
-        if method and method.name.startswith("cache-dit"):
+        if job.method.startswith("cache-dit"):
             import cache_dit
 
             cache_dit.disable_cache(pipe)
@@ -191,28 +224,49 @@ class Work:
     def _mag_ratios(self, kind: Kind, steps: int) -> list[float]:
         path = self.folder / f"mag-{kind}-{steps}.json"
         if not path.exists():
-            pipe = fresh()
-            run = lambda: pipe(num_inference_steps=steps, **inputs(kind, -1).call(slice(None)))  # noqa: E731
-            path.write_text(json.dumps(calibrate_magcache(pipe, steps, run)))
+            pipe, given = fresh(), inputs(self.folder, kind, -1)
+            run = lambda: pipe(num_inference_steps=steps, **given.call(slice(None)))  # noqa: E731
+            text = json.dumps(calibrate_magcache(pipe, steps, run))
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(text)
+            partial.replace(path)
         ratios: list[float] = json.loads(path.read_text())
         return ratios
 
 
-def _spec(name: str, settings: Settings, kind: Kind, steps: int, shard: int) -> tuple[dict[str, Any], str]:
-    """What a point is, and its key."""
-    spec = {"method": name, "settings": settings, "kind": kind, "steps": steps, "shard": shard}
-    return spec, hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A shard of a method's pictures."""
+
+    method: str  # of `METHODS`, or "baseline"
+    settings: Settings
+    kind: Kind
+    steps: int
+    shard: int
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a point is."""
+        names = ("method", "settings", "kind", "steps", "shard")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def key(self) -> str:
+        """Of its point and files."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def chosen(work: Work, method: Method, kind: Kind, steps: int, make: bool = True) -> list[Settings]:
+def _tried(work: Work, method: Method, kind: Kind, steps: int) -> list[dict[str, Any]]:
+    keys = [Job(method.name, settings, kind, steps, -1).key for settings in method.grid(steps)]
+    return [work.points[key] for key in keys if key in work.points]
+
+
+def chosen(work: Work, method: Method, kind: Kind, steps: int) -> list[Settings]:
     """For each target, the best of what saves that much on the tuning pictures, or one call less; else the nearest.
 
-    We get no call less than the target. Without `make`, of what was tried already.
+    We get no call less than the target. Of what was tried already.
     """
-    grid = method.grid(steps)
-    if not make:
-        grid = [s for s in grid if _spec(method.name, s, kind, steps, -1)[1] in work.points]
-    tried = [work.make(method, settings, kind, steps, -1) for settings in grid]
+    tried = _tried(work, method, kind, steps)
     picked: list[Settings] = []
     for target in TARGETS if tried else ():
         least = target - 1e-3 - (0 if method.ours else 1 / steps)
@@ -224,28 +278,110 @@ def chosen(work: Work, method: Method, kind: Kind, steps: int, make: bool = True
     return picked
 
 
+def fewest(work: Work, kind: Kind, steps: int) -> Settings | None:
+    """Our settings with the fewest calls that on the tuning pictures are as near as para-attn at 0.12."""
+    aim = work.points.get(Job("para-attn", ARTICLE, kind, steps, -1).key)
+    near = [
+        p for p in _tried(work, METHODS["fluxfire"], kind, steps) if aim and np.mean(p["psnr"]) >= np.mean(aim["psnr"])
+    ]
+    best = max(near, key=lambda p: (np.mean(p["saved"]), np.mean(p["psnr"])), default=None)
+    return best and best["settings"]
+
+
+def _ready(work: Work, options: argparse.Namespace, failed: set[str]) -> Iterator[Job]:
+    """What can be made now and was not, the most important first."""
+    before = 0
+    for shards in options.shards:
+        for steps in options.steps:
+            tuning = {(name, kind): [] for name in options.methods for kind in KINDS}
+            for (name, kind), jobs in tuning.items():
+                jobs += [Job(name, settings, kind, steps, -1) for settings in METHODS[name].grid(steps)]
+            counted = []
+            for name, kind in tuning:
+                if all(work.made(job) or job.key in failed for job in tuning[name, kind]):
+                    method = METHODS[name]
+                    some = [*chosen(work, method, kind, steps), *method.always]
+                    some += [fewest(work, kind, steps)] if name == "fluxfire" and "para-attn" in options.methods else []
+                    counted += [(name, kind, one) for index, one in enumerate(some) if one and one not in some[:index]]
+            jobs = [job for some in tuning.values() for job in some]
+            jobs += [
+                Job(name, one, kind, steps, shard) for shard in range(before, shards) for name, kind, one in counted
+            ]
+            bases = {(job.kind, job.shard): Job("baseline", {}, job.kind, steps, job.shard) for job in jobs}
+            yield from (job for job in bases.values() if not work.made(job))
+            yield from (job for job in jobs if not work.made(job) and work.made(bases[job.kind, job.shard]))
+        before = shards
+
+
+def _work(folder: Path, job: Job) -> tuple[Job, dict[str, Any] | str | None]:
+    """In a process of its own: the point, or what went wrong."""
+    try:
+        return job, Work(folder).make(job)
+    except Exception:  # one method's failure shall not end the others
+        return job, traceback.format_exc()
+
+
+def produce(work: Work, options: argparse.Namespace) -> None:
+    """Makes what is missing, in processes, until the time is over."""
+    until = time.monotonic() + options.time_limit
+    loaded()  # before the processes are forked, so that they have it
+    finished: queue.SimpleQueue[tuple[Job, dict[str, Any] | str | None]] = queue.SimpleQueue()
+    flying: set[str] = set()
+    failed: set[str] = set()
+    waiting: list[Job] = []
+    with multiprocessing.get_context("fork").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+        while time.monotonic() < until:
+            waiting = (
+                waiting or [j for j in _ready(work, options, failed) if j.key not in flying | failed][: options.workers]
+            )
+            if not waiting and not flying:
+                break
+            while waiting and len(flying) < options.workers + 2:
+                flying.add(waiting[0].key)
+                pool.apply_async(
+                    _work, (work.folder, waiting.pop(0)), callback=finished.put, error_callback=finished.put
+                )
+            try:
+                job, result = finished.get(timeout=min(5, max(0.1, until - time.monotonic())))
+            except queue.Empty:
+                continue
+            flying.remove(job.key)
+            told = f"{job.method} {job.settings} {job.kind} {job.steps} shard {job.shard}"
+            if isinstance(result, str):
+                failed.add(job.key)
+                print(f"FAILED {told}\n{result}", flush=True)
+            elif result:
+                work.add(result)
+                saved, psnr = np.mean(result["saved"] or [0]), np.mean(result["psnr"])
+                print(f"{told}: {saved:.1%} saved, {psnr:.2f} dB in {result['cpu_s']} s", flush=True)
+            else:
+                print(told, flush=True)
+
+
 def main() -> None:
     """Makes what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made, outside of the repository")
-    parser.add_argument("--shards", type=int, default=10, help=f"of {SHARD} pictures of each kind that count")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[10, 20],
+        help=f"of {SHARD} pictures of each kind that count: first so many for every number of steps, then so many",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--report", action="store_true", help="make nothing, write table and plot of what there is")
-    parser.add_argument("--scores", action="store_true", help="with SSIM, FLIP and SSIMULACRA2")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument(
+        "--report", action=argparse.BooleanOptionalAction, help="nothing but tables and plots, or no such"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = Work(options.work)
-    work.scores = options.scores
-    for steps in [] if options.report else options.steps:
-        found = {(name, kind): chosen(work, METHODS[name], kind, steps) for name in options.methods for kind in KINDS}
-        for shard in range(options.shards):
-            for (name, kind), settings in found.items():
-                for one in settings:
-                    work.make(METHODS[name], one, kind, steps, shard)
-    import front_report
+    if not options.report:
+        produce(work, options)
+    if options.report is not False:
+        import front_report
 
-    front_report.write(work, options.steps)
+        front_report.write(work, options.steps)
 
 
 if __name__ == "__main__":

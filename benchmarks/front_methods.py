@@ -25,6 +25,7 @@ import torch
 import fluxfire
 
 Settings = dict[str, Any]
+ARTICLE: Final = {"threshold": 0.12}  # of ParaAttention's article
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Method:
     splits: bool
     grid: Callable[[int], list[Settings]]  # what is tried on the tuning pictures, by number of steps
     ours: bool = False
+    always: tuple[Settings, ...] = ()  # what is measured in any case
 
 
 def _nothing(pipe: Any, settings: Settings, steps: int) -> None:
@@ -106,6 +108,8 @@ def _dbcache(pipe: Any, settings: Settings, steps: int) -> None:
         config |= {
             "steps_computation_mask": cache_dit.steps_mask(compute_bins=bins[0], cache_bins=bins[1], total_steps=steps)
         }
+    if marks := config.pop("marks", None):
+        config |= {"steps_computation_mask": [int(mark == "#") for mark in marks]}
     if policy := config.pop("mask", None):
         config |= {"steps_computation_mask": cache_dit.steps_mask(mask_policy=policy, total_steps=steps)}
     cache_dit.enable_cache(
@@ -132,18 +136,20 @@ def _masks(starts: tuple[int, ...], steps: int) -> list[Settings]:
     return [row | {"steps_computation_policy": "static"} for row in rows]
 
 
-def _dbcache_grid(warmup_steps: int, orders: tuple[int, ...]) -> list[Settings]:
+def _dbcache_grid(steps: int, warmup_steps: int, orders: tuple[int, ...]) -> list[Settings]:
     """Thresholds without a limit of cached calls in a row, and a limit of two with a threshold that always hits."""
-    rows: list[Settings] = [{"residual_diff_threshold": value} for value in (0.065, 0.08, 0.1, 0.13, 0.17)]
+    values = (0.065, 0.08, 0.1, 0.13, 0.17) if steps < 40 else (0.03, 0.04, 0.05, 0.065, 0.08, 0.1)
+    rows: list[Settings] = [{"residual_diff_threshold": value} for value in values]
     limited: Settings = {"residual_diff_threshold": 1e9, "max_continuous_cached_steps": 2}
     rows = [{"taylorseer_order": orders[0]} | row for row in rows]
     rows += [{"taylorseer_order": order} | limited for order in orders]
     return [row | {"max_warmup_steps": warmup_steps} for row in rows]
 
 
-THRESHOLDS: Final = [0.08, 0.1, 0.12]
+THRESHOLDS: Final = {28: [0.07, 0.08, 0.1, 0.12], 50: [0.03, 0.04, 0.05, 0.06, 0.08, 0.12]}
 # (schedule, extrapolate): even ones, and candidates by the costs of `fluxfire.find_schedule` on the tuning pictures of
-# each kind, with warmup_steps 1 or 2 and extrapolate 1 or 2. Which one counts is chosen as for the peers.
+# each kind, with warmup_steps 1 or 2 and extrapolate 1 or 2 (`front_schedules.py` prints them). Which one counts is
+# chosen as for the peers; those with the fewest marks are for what is as near as para-attn at 0.12.
 SCHEDULES: Final = {
     28: [
         ("##.#.#.#.#.#.#.#.#.#.#.#.#.#", 1),
@@ -162,14 +168,90 @@ SCHEDULES: Final = {
         ("#..#..#..#..#..#..#...#..#.#", 1),
         ("#..#..#..#..#..#..#...#..#.#", 2),
         ("##...#..#..#..#..#...#..#..#", 2),
-    ]
+        ("#......#.....#.....#..#.#..#", 1),
+        ("##...#......#.....#...#...#.", 1),
+        ("#......#.....#....#...#.#..#", 2),
+        ("##....#...#......#.....#..#.", 2),
+        ("#.....#.....#.....#...#...#.", 1),
+        ("##......#........#....#...#.", 1),
+        ("#........#.......#....#.#..#", 2),
+        ("##.......#....#.......#...#.", 2),
+        ("#........#.......#....#...#.", 1),
+        ("##.....#........#.......#...", 1),
+        ("#........#.......#.....#..#.", 2),
+        ("##........#.....#........#..", 2),
+        ("#....#...#...#...#....#...#.", 1),
+        ("##....#....#....#....#....#.", 1),
+        ("#....#....#...#...#...#...#.", 2),
+        ("##.....#...#....#....#....#.", 2),
+        ("#.....#....#....#....#....#.", 1),
+        ("##.....#.....#.....#......#.", 1),
+        ("#......#.....#...#....#...#.", 2),
+        ("##......#....#.....#.....#..", 2),
+        ("#.......#.....#.....#.....#.", 1),
+        ("##.......#.......#.......#..", 1),
+        ("#.......#.....#....#.....#..", 2),
+        ("##........#.....#.......#...", 2),
+    ],
+    50: [
+        ("##.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#", 1),
+        ("##.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#.#", 2),
+        ("##..#..#..#..#..#..#..#..#..#..#..#..#..#..#..#..#", 1),
+        ("##..#..#..#..#..#..#..#..#..#..#..#..#..#..#..#..#", 2),
+        ("###.#.#..#..#..#..#..#..#..#..#.#.#.####.#.#.#.###", 1),
+        ("###.#.#..#..#..#..#..#..#..#..#.#.#.#####.#.#.#.##", 2),
+        ("#.#.#...#...#...#....#...#...#...#..####..#..#.#.#", 1),
+        ("##.#..#....#....#....#...#...#...#..####..#..#.#.#", 1),
+        ("#.#..#..#...#...#....#....#....#...#.####..#..#.##", 2),
+        ("##.#.#..#...#...#....#....#....#...#.####..#...#.#", 2),
+        ("#..#...#.....#.....#.....#.....#...#.###...#...#.#", 1),
+        ("##..#.....#.....#.....#......#.....#.###...#...#.#", 1),
+        ("#....#.....#....#.....#......#.....#.####..#...#.#", 2),
+        ("##..#..#....#.....#......#.....#....#.#.#.#...#..#", 2),
+        ("#.....#......#.......#......#.....#..###...#...#.#", 1),
+        ("##...#.......#........#.......#.....#.##...#...#.#", 1),
+        ("#.....#.....#.....#......#.....#....#.#.#.#...#..#", 2),
+        ("##...#..#.....#......#......#......#...#.#..#...#.", 2),
+        ("#.....#......#........#.......#.....#..#.#....#..#", 1),
+        ("##...#.......#.......#.......#.....#...#..#.....#.", 1),
+        ("#......#......#......#......#......#...#.#..#...#.", 2),
+        ("##....#...#.......#.......#.......#.....#..#....#.", 2),
+        ("#........#........#........#.......#...#..#.....#.", 1),
+        ("##....#........#........#........#.......#.....#..", 1),
+        ("#.......#.......#.......#........#......#...#...#.", 2),
+        ("##......#.....#........#........#........#....#...", 2),
+        ("##.#.#.#.#..#.#.#.#.#..#.#..#..#..#..###.#.#.#.###", 1),
+        ("##.#.#.#.#..#.#.#..#.#.#.#..#.#...#..####.#.#.#.##", 2),
+        ("#.#.#..#..#..#..#..#..#..#..#..#...#...#..#..#.#.#", 1),
+        ("##.#..#..#..#..#..#..#..#...#..#...#...#..#..#.#.#", 1),
+        ("#.#.#..#..#..#..#..#..#..#..#..#...#...#.#..#..#.#", 2),
+        ("##.#.#...#..#..#..#..#..#..#...#...#...#.#..#..#.#", 2),
+        ("#..#...#...#...#...#...#...#...#...#....#...#..#.#", 1),
+        ("##..#...#...#...#...#...#....#....#....#....#..#.#", 1),
+        ("#..#...#..#...#...#...#...#...#...#....#...#...#.#", 2),
+        ("##...#..#...#...#...#...#....#....#....#...#...#.#", 2),
+        ("#...#....#....#....#....#....#....#....#....#..#.#", 1),
+        ("##...#.....#....#....#.....#.....#.....#....#..#.#", 1),
+        ("#....#....#...#....#...#....#....#.....#...#...#.#", 2),
+        ("##...#...#....#....#....#....#....#......#....#..#", 2),
+        ("#....#....#.....#.....#.....#.....#......#....#..#", 1),
+        ("##....#.....#.....#.....#......#......#.....#...#.", 1),
+        ("#.....#.....#....#....#....#....#......#....#...#.", 2),
+        ("##.....#...#.....#.....#.....#.....#......#.....#.", 2),
+        ("#......#......#......#......#......#.......#....#.", 1),
+        ("##.....#........#.......#........#........#.....#.", 1),
+        ("#........#......#.....#.....#......#......#.....#.", 2),
+        ("##.......#.....#.......#.......#.......#.......#..", 2),
+    ],
 }
 METHODS: Final = {
     method.name: method
     for method in (
         Method("fewer steps", _nothing, True, lambda steps: _product(steps=sorted({steps // 2, steps * 9 // 25}))),
-        Method("para-attn", _para_attn, False, lambda steps: _product(threshold=THRESHOLDS)),
-        Method("diffusers FirstBlockCache", _first_block_cache, False, lambda steps: _product(threshold=THRESHOLDS)),
+        Method("para-attn", _para_attn, False, lambda steps: _product(threshold=THRESHOLDS[steps]), always=(ARTICLE,)),
+        Method(
+            "diffusers FirstBlockCache", _first_block_cache, False, lambda steps: _product(threshold=THRESHOLDS[steps])
+        ),
         Method(
             "diffusers MagCache",
             _magcache,
@@ -182,8 +264,8 @@ METHODS: Final = {
             True,
             lambda steps: _product(cache_interval=[2, 3, 4], max_order=[1, 2], disable_cache_before_step=[2, 4]),
         ),
-        Method("cache-dit DBCache", _dbcache, False, lambda steps: _dbcache_grid(1, (0,))),
-        Method("cache-dit DBCache + TaylorSeer", _dbcache, False, lambda steps: _dbcache_grid(2, (1, 2))),
+        Method("cache-dit DBCache", _dbcache, False, lambda steps: _dbcache_grid(steps, 1, (0,))),
+        Method("cache-dit DBCache + TaylorSeer", _dbcache, False, lambda steps: _dbcache_grid(steps, 2, (1, 2))),
         Method("cache-dit step mask", _dbcache, True, lambda steps: _masks((1, 2, 4), steps)),
         Method(
             "cache-dit step mask + TaylorSeer",
@@ -191,13 +273,32 @@ METHODS: Final = {
             True,
             lambda steps: [row | {"taylorseer_order": order} for row in _masks((2, 3), steps) for order in (1, 2)],
         ),
-        Method("another seed", _nothing, True, lambda steps: [{"seed": 5000}]),
         Method(
             "fluxfire",
             _ours,
             True,
-            lambda steps: [{"schedule": marks, "extrapolate": order} for marks, order in SCHEDULES.get(steps, [])],
+            lambda steps: [{"schedule": marks, "extrapolate": order} for marks, order in SCHEDULES[steps]],
             ours=True,
+        ),
+        Method(
+            "fluxfire, threshold",
+            _ours,
+            True,
+            lambda steps: [],
+            ours=True,
+            always=tuple({"threshold": value} for value in (0.05, 0.12, 0.25)),
+        ),
+        Method("JPEG", _nothing, True, lambda steps: [], always=({"quality": 95}, {"quality": 50})),
+        Method("another seed", _nothing, True, lambda steps: [], always=({"seed": 5000},)),
+        Method(
+            "cache-dit, fluxfire's marks + TaylorSeer",
+            _dbcache,
+            True,
+            lambda steps: [
+                {"marks": marks, "steps_computation_policy": "static", "taylorseer_order": order}
+                for marks, order in SCHEDULES[steps]
+                if marks.count("#") > steps / 3
+            ],
         ),
     )
 }
