@@ -17,6 +17,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -292,21 +293,19 @@ def _ready(work: Work, options: argparse.Namespace, failed: set[str]) -> Iterato
     """What can be made now and was not, the most important first."""
     before = 0
     for shards in options.shards:
-        for steps in options.steps:
-            tuning = {(name, kind): [] for name in options.methods for kind in KINDS}
-            for (name, kind), jobs in tuning.items():
-                jobs += [Job(name, settings, kind, steps, -1) for settings in METHODS[name].grid(steps)]
-            counted = []
-            for name, kind in tuning:
-                if all(work.made(job) or job.key in failed for job in tuning[name, kind]):
-                    method = METHODS[name]
+        for late, steps in itertools.product((False, True), options.steps):
+            methods = [METHODS[name] for name in options.methods if METHODS[name].late is late]
+            jobs: list[Job] = []
+            counted: list[tuple[str, Kind, Settings]] = []
+            for method, kind in itertools.product(methods, KINDS):
+                tuning = [Job(method.name, settings, kind, steps, -1) for settings in method.grid(steps)]
+                jobs += tuning
+                if all(work.made(job) or job.key in failed for job in tuning):
                     some = [*chosen(work, method, kind, steps), *method.always]
-                    some += [fewest(work, kind, steps)] if name == "fluxfire" and "para-attn" in options.methods else []
-                    counted += [(name, kind, one) for index, one in enumerate(some) if one and one not in some[:index]]
-            jobs = [job for some in tuning.values() for job in some]
-            jobs += [
-                Job(name, one, kind, steps, shard) for shard in range(before, shards) for name, kind, one in counted
-            ]
+                    some += [fewest(work, kind, steps)] if method.name == "fluxfire" else []
+                    counted += [(method.name, kind, s) for i, s in enumerate(some) if s and s not in some[:i]]
+            for shard in range(before, shards):
+                jobs += [Job(name, settings, kind, steps, shard) for name, kind, settings in counted]
             bases = {(job.kind, job.shard): Job("baseline", {}, job.kind, steps, job.shard) for job in jobs}
             yield from (job for job in bases.values() if not work.made(job))
             yield from (job for job in jobs if not work.made(job) and work.made(bases[job.kind, job.shard]))

@@ -34,11 +34,11 @@ def main() -> None:
     figure, axes = plt.subplots(2 * options.pictures, len(SHOWN) + 1, figsize=(13, 4.6 * options.pictures))
     for half, kind in enumerate(KINDS):
         found = {r["method"]: r["points"][0] for r in rows(work, kind, options.steps)}  # the last: the higher target
-        baseline = work.baseline(found[SHOWN[0]])
+        baseline = work.baseline(kind, options.steps, 0)
         columns = [("uncached", baseline, None)]
         for name in SHOWN:
             point = found[name]
-            made = decode(np.load(work.folder / "latents" / f"{point['key']}.npy"))
+            made = decode(work.latents(point["key"]))
             columns.append((f"{name}\n{np.mean(point['saved']):.0%} saved", made, point["psnr"]))
         for row in range(options.pictures):
             for column, (title, pictures, psnr) in enumerate(columns):
