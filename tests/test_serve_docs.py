@@ -70,9 +70,9 @@ def test_model_for_throughput_is_whole_and_every_other_step_of_it_hits(monkeypat
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import serving_model
 
-    for name, hits in (("tiny", 0), ("tiny_half", 3)):
-        model = getattr(serving_model, name)()
-        shape = Shape(32, 32, 6, model.guidance, serving_model.HIT_ANYWAY if hits else 0, None)
+    model = serving_model.tiny()
+    for threshold, hits in ((0, 0), (serving_model.HIT_ANYWAY, 3)):
+        shape = Shape(32, 32, 6, model.guidance, threshold, None)
         samples = [generate.Sample(str(index), "an apple", index) for index in range(2)]
         outputs, seconds = generate.generate(model, shape, samples, generate.Watch())
         assert [(output.hits, output.computed) for output in outputs] == [(hits, 6 - hits)] * 2
