@@ -22,6 +22,7 @@ import uvicorn
 from PIL import Image
 
 from fluxfire.serve.app import create_app
+from fluxfire.serve.connection import connections
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.server import Server
 from fluxfire.serve.settings import Settings
@@ -85,10 +86,12 @@ class Served:
     @contextmanager
     def beside(self, **settings: Any) -> Iterator[httpx2.Client]:
         """Another application on a port of its own, with other settings and the same worker."""
-        app = create_app(make_settings(**settings))
+        given = make_settings(**settings)
+        app = create_app(given)
         app.state.desk.engine = self.engine
+        protocol = connections(given, app.state.desk.metrics)
         config = uvicorn.Config(
-            app, port=0, http="h11", ws="none", log_config=None, lifespan="off", timeout_graceful_shutdown=5
+            app, port=0, http=protocol, ws="none", log_config=None, lifespan="off", timeout_graceful_shutdown=5
         )
         server = uvicorn.Server(config)
         running = asyncio.run_coroutine_threadsafe(server.serve(), self.server._loop)

@@ -373,6 +373,10 @@ def test_warm_makes_each_size_and_batch(calls: Callable[..., Any]) -> None:
     seen = calls(pipe.transformer)
     done = fluxfire.warm(pipe, ["48x32", (32, 32)], batch=(1, 3), call=embeds())
     assert list(done) == [(48, 32, 1), (48, 32, 3), (32, 32, 1), (32, 32, 3)] and seen == [8]
+    fluxfire.restore_pipeline(pipe)
+    fluxfire.apply_cache(pipe, schedule="##.")  # which takes its own number of steps and no other
+    fluxfire.warm(pipe, ["48x32"], call=embeds())
+    assert fluxfire.cache_stats(pipe).marks() == "##."
     for sizes, batch in ((["48"], (1,)), ([(0, 32)], (1,)), (["48x32"], (0,)), (["48x32"], (True,))):
         with pytest.raises(fluxfire.ArgumentError, match="needed"):
             fluxfire.warm(pipe, sizes, batch=batch, call=embeds())

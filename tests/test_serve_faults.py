@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
@@ -24,10 +26,13 @@ from diffusers import FluxFillPipeline
 from serving import TESTS, WAIT_S, Served, ask, lines, make_settings, metric, wait_until, with_tests_on_path
 
 import fluxfire
-from fluxfire import ArgumentError, cli
+from fluxfire import ArgumentError, cli, demo
 from fluxfire.serve import model, process, wire, worker
+from fluxfire.serve.asks import Inference, order_of_inference
+from fluxfire.serve.errors import ServeError
 from fluxfire.serve.jobs import Order, Shape
-from fluxfire.serve.queue import Pace, PictureQueue
+from fluxfire.serve.model import Model
+from fluxfire.serve.queue import PictureQueue
 from fluxfire.serve.redact import Redacting
 
 SMALL = {"width": 16, "height": 16}
@@ -83,7 +88,7 @@ def test_deadline_covers_queue_and_run_and_the_expired_never_start(
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
-    served = Served(make_settings(storage_dir=tmp_path))
+    served = Served(make_settings(storage_dir=tmp_path, read_s=0.5))
     wait_until(lambda: served.http.get("/readyz").status_code == 200, 900)
     yield served
     served.stop()
@@ -129,6 +134,17 @@ def test_not_ready_while_a_new_worker_warms_up(stubbed: Served, monkeypatch: pyt
     assert stubbed.http.get("/readyz").json()["error"]["code"] == "not_ready"
 
 
+def test_client_that_does_not_read_its_answer_is_given_up(stubbed: Served):
+    fields = {"prompt": "noise", "width": 1024, "height": 1024, "num_images": 8, "format": "jpeg", "quality": 100}
+    with socket.create_connection(("127.0.0.1", int(stubbed.url.rsplit(":", 1)[1]))) as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        body = json.dumps(fields)
+        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        unread.sendall(f"POST /inference HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+        wait_until(lambda: metric(stubbed, 'fluxfire_rejections_total{code="answer_not_read"}') == 1)
+    assert stubbed.http.post("/inference", json={"prompt": "a"}).status_code == 200
+
+
 def test_picture_to_a_model_of_text_alone_and_a_threshold_without_cache_are_refused(stubbed: Served):
     for fields, param in (({"image": "aaaa"}, "image"), ({"cache_threshold": 0.1}, "cache_threshold")):
         answer = stubbed.http.post("/inference", json={"prompt": "a"} | fields)
@@ -152,14 +168,23 @@ def test_batch_is_bounded_by_what_fits_into_the_gpus_memory():
     assert (queue.cost, len(queue)) == (0, 0)
 
 
-def test_retry_after_follows_the_measured_pace():
-    pace = Pace()
-    assert pace.seconds(10**9) == 1
+def test_retry_after_follows_the_measured_pace_and_counts_the_batch_under_way():
+    queue = PictureQueue(1000)
+    pace = queue.pace
+    assert queue.refusal(10**9).retry_after_s == 1  # nothing measured yet
     for _ in range(30):
         pace.add(1000, 2.0)
-    assert pace.seconds(5000) == 10
+    assert pace.seconds(5000) == pytest.approx(10)
     pace.add(1000, 12.0)
-    assert pace.seconds(1000) == 4
+    assert pace.seconds(1000) == pytest.approx(4)
+    queue.cost, pace.seconds_per_cost = 1000, 0.1
+    assert queue.refusal(500).retry_after_s == 50
+    queue.under_way = 300, time.monotonic()
+    assert queue.refusal(500).retry_after_s == 80
+    queue.under_way = 300, time.monotonic() - 20.5
+    assert queue.refusal(500).retry_after_s == 60
+    queue.under_way = 300, time.monotonic() - 1000  # slower than it should be: as good as done
+    assert queue.refusal(500).retry_after_s == 50
 
 
 TOKEN, KEY = "hf_canary-0123456789", "key-canary-0123456789"
@@ -250,6 +275,28 @@ def test_pipeline_that_its_function_has_optimized_is_served_as_it_is():
     loaded = worker.Worker(io.BytesIO(), io.BytesIO(), options)._load()
     assert [step.name for step in fluxfire.report(loaded.pipe).steps] == ["cache"]
     assert fluxfire.cache_stats(loaded.pipe).threshold == 0.5
+
+
+def scheduled() -> Model:
+    call = demo.call_kwargs()
+    pipe = fluxfire.apply_cache(demo.load_pipeline(), schedule="##.#")
+    return Model(pipe, "scheduled", demo.SIZE, 28, call["guidance_scale"], call["max_sequence_length"])
+
+
+def test_schedules_own_number_of_steps_is_warmed_up_and_asked_for():
+    options = {"model": f"{__name__}:scheduled", "device": "cpu", "dtype": "float32", "name": None}
+    work = worker.Worker(io.BytesIO(), io.BytesIO(), options | {"warm_sizes": [[16, 16]], "max_batch": 1})
+    work._model = work._load()
+    facts = work._warm()
+    assert fluxfire.cache_stats(work._model.pipe).marks() == "##.#"
+    assert (facts.steps, facts.steps_only) == (4, 4)
+
+    def steps(**fields: Any) -> int:
+        return asyncio.run(order_of_inference(Inference(prompt="a", **fields), make_settings(), facts)).shape.steps
+
+    assert (steps(), steps(steps=4), steps(steps=6, cache_threshold=0)) == (4, 4, 6)
+    with pytest.raises(ServeError, match="steps: found 6, needed 4, for which"):
+        steps(steps=6)
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import io
 import json
 import socket
 import threading
+import time
 from typing import Any
 
 import bombs
 import httpx2
 import pytest
 from PIL import Image
-from serving import Served, ask, make_settings, metric, png
+from serving import WAIT_S, Served, ask, make_settings, metric, png, wait_until
 
 from fluxfire.serve import access, pictures
 from fluxfire.serve.errors import ServeError
@@ -105,6 +106,57 @@ def test_body_that_does_not_arrive_is_given_up(served: Served):
         slow.sendall(b"POST /inference HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
         slow.settimeout(20)
         assert slow.recv(64).startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_of_all_open_requests_are_bounded_together(served: Served):
+    def begin(http: httpx2.Client, header: str, part: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", http.base_url.port))
+        connection.sendall(f"POST /inference HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode() + part)
+        return connection
+
+    with served.beside(max_body_bytes=1000, max_open_bytes=1500, body_s=WAIT_S) as http:
+
+        def refused(header: str, part: bytes) -> bool:
+            with begin(http, header, part) as other, contextlib.suppress(TimeoutError):  # it waits for the rest
+                other.settimeout(0.5)
+                return other.recv(64).startswith(b"HTTP/1.1 503")
+            return False
+
+        with begin(http, "Content-Length: 1000", b" "), begin(http, "Content-Length: 1000", b" " * 900):
+            wait_until(lambda: refused("Content-Length: 600", b""))  # once the server has read the 900
+            unsaid = b"258\r\n" + b" " * 600 + b"\r\n"
+            wait_until(lambda: refused("Transfer-Encoding: chunked", unsaid))
+            assert http.post("/inference", content=b" " * 500).status_code == 422
+        wait_until(lambda: http.post("/inference", content=b" " * 1000).status_code == 422)  # there is room again
+
+
+def test_slow_heads_and_too_many_connections_are_closed(served: Served):
+    def closed(connection: socket.socket) -> bool:
+        connection.settimeout(WAIT_S)
+        with contextlib.suppress(ConnectionResetError):
+            return connection.recv(1) == b""
+        return True
+
+    with (
+        served.beside(head_s=0.3) as http,
+        socket.create_connection(("127.0.0.1", http.base_url.port)) as silent,
+        socket.create_connection(("127.0.0.1", http.base_url.port)) as slow,
+    ):
+        with contextlib.suppress(OSError):
+            for byte in b"GET /livez HTTP/1.1\r\nX-Slow: " + b"a" * 10_000:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.02)
+            pytest.fail("a head may take as long as it likes")
+        assert closed(silent)
+    with served.beside(max_connections=2) as http:
+        both = [socket.create_connection(("127.0.0.1", http.base_url.port)) for _ in range(2)]
+        with socket.create_connection(("127.0.0.1", http.base_url.port)) as third:
+            assert closed(third)
+        both[0].sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        both[0].settimeout(WAIT_S)
+        assert both[0].recv(64).startswith(b"HTTP/1.1 200")
+        for connection in both:
+            connection.close()
 
 
 @pytest.mark.parametrize("name", bombs.corpus())

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+from openai import OpenAI
 from serving import PROMPT, Served, ask, metric, open_picture, wait_until
+
+from fluxfire.serve import stream as streaming
+
+COMMENT = ": still waiting"
 
 
 def stream(served: Served, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -16,6 +23,7 @@ def stream(served: Served, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         parts = "".join(answer.iter_text()).split("\n\n")
     assert parts.pop() == ""
+    parts = [part for part in parts if part != COMMENT]
     events = []
     for part in parts:
         event, data = part.split("\n")
@@ -68,6 +76,22 @@ def test_stream_tells_the_place_in_the_queue(served: Served):
             wait_until(lambda: metric(served, "fluxfire_queue_pictures") == 2)
         assert second.result().status_code == 200
         assert [waiting["ahead"] for waiting in of(third.result(), "waiting")] == [2, 1]
+
+
+def test_quiet_stream_sends_comments_so_that_nobody_closes_it(served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streaming, "QUIET_S", 0.02)
+    fields = {"prompt": PROMPT, "steps": 2, "stream": True, "width": 16, "height": 16}
+    with served.http.stream("POST", "/inference", json=fields) as answer:
+        lines = answer.iter_lines()
+        with served.held():  # either of the two may come first: the other one waits, and is quiet
+            assert next(line for line in lines if line.startswith(":")) == COMMENT
+        assert "event: picture" in lines
+    with OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client, served.held():
+        events = client.images.generate(prompt="a", stream=True, extra_body={"steps": 2})
+        time.sleep(0.2)  # so that there are comments, which the client must not stumble over
+        served.gate("held").unlink()
+        assert [event.type for event in events] == ["image_generation.completed"]
+        served.gate("held").touch()
 
 
 def test_failure_in_a_stream_is_an_event(served: Served):

@@ -1,7 +1,8 @@
 """Pictures made only so that everything is compiled, and kept by the mega-cache, before the first real one.
 
-A picture of two steps for each size and batch: with dynamic sizes all sizes share their graphs, but batch 1 and batch
->= 2 do not, and what is compiled whole, or with `dynamic=False`, has graphs for each size.
+A picture of two steps (of a cache's schedule: all of its steps) for each size and batch: with dynamic sizes all sizes
+share their graphs, but batch 1 and batch >= 2 do not, and what is compiled whole, or with `dynamic=False`, has graphs
+for each size.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def warm(
     return seconds
 
 
+def scheduled_steps(pipe: Any) -> int | None:
+    """The only number of denoising steps that the pipeline takes, if its cache has a schedule; None: any."""
+    handle = handle_of(pipe)
+    cache = [dict(step.settings) for step in handle.steps if step.name == "cache"] if handle else []
+    marks = cache[0].get("schedule") if cache else None
+    return len(marks) if marks else None
+
+
 def _size(size: object) -> tuple[int, int]:
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+)x(\d+)", size)):
         size = int(found[1]), int(found[2])
@@ -77,7 +86,12 @@ def _size(size: object) -> tuple[int, int]:
 
 def _arguments(pipe: Any, width: int, height: int, count: int) -> dict[str, Any]:
     known = inspect.signature(type(pipe).__call__).parameters
-    found: dict[str, Any] = {"width": width, "height": height, "num_inference_steps": STEPS, "output_type": "pt"}
+    found: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "num_inference_steps": scheduled_steps(pipe) or STEPS,
+        "output_type": "pt",
+    }
     found |= {"num_images_per_prompt": count}
     if getattr(pipe, "text_encoder", None) is not None:
         found["prompt"] = "a"

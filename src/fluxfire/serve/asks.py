@@ -141,13 +141,16 @@ class _Checks:
             raise invalid(self._count_field, f"found {count}, at most {settings.max_pictures} are made at once")
         if ask.steps is not None and ask.steps > settings.max_steps:
             raise invalid("steps", f"found {ask.steps}, at most {settings.max_steps} are made")
+        threshold = facts.cache_threshold if ask.cache_threshold is None else ask.cache_threshold
+        if facts.steps_only and threshold and ask.steps not in (None, facts.steps_only):
+            needed = f"needed {facts.steps_only}, for which this server's cache has a schedule, or cache_threshold 0"
+            raise invalid("steps", f"found {ask.steps}, {needed}")
         if ask.cache_threshold is not None and facts.cache_threshold is None:
             raise invalid("cache_threshold", "this server runs without the cache: leave it out")
         if data is not None and not facts.takes_picture:
             raise invalid("image", f"{facts.name} makes pictures from text alone")
         width, height = self._size(sides, data)
         reference = _fitted(data, width * height, facts.multiple) if data is not None else None
-        threshold = facts.cache_threshold if ask.cache_threshold is None else ask.cache_threshold
         guidance = facts.guidance if ask.guidance is None else ask.guidance
         shape = Shape(width, height, ask.steps or facts.steps, guidance, threshold, reference)
         if facts.pixels_at_once is not None and shape.pixels > facts.pixels_at_once:

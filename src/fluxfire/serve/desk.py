@@ -92,8 +92,13 @@ class Desk:
             self.engine.release(job)
         return job.pictures
 
-    async def follow(self, job: Job, request: Request) -> AsyncGenerator[Event]:
+    async def follow(self, job: Job, request: Request, quiet_s: float | None = None) -> AsyncGenerator[Event | None]:
         """The job's events; whoever follows it has to `release` it afterwards.
+
+        Args:
+            job: which.
+            request: of who follows.
+            quiet_s: seconds without an event after which None is given.
 
         Raises:
             ClientGone: it did not wait.
@@ -104,17 +109,18 @@ class Desk:
         try:
             while True:
                 event = asyncio.ensure_future(anext(events, None))
-                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+                while not (await asyncio.wait({event, gone}, timeout=quiet_s, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    yield None
                 if not event.done():
-                    event.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await event
                     raise ClientGone
                 if (found := event.result()) is None:
                     return
                 yield found
         finally:
             gone.cancel()
+            event.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ServeError):
+                await event
 
 
 async def _gone(request: Request) -> None:

@@ -49,7 +49,6 @@ class Engine:
         self.supervisor = Supervisor(self, settings)
         self._jobs: set[Job] = set()  # that have not ended
         self._running: dict[str, Picture] = {}  # by the name that the worker knows
-        self._batch_cost, self._begun = 0, 0.0
         self._wanted = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._life: asyncio.Task[None] | None = None
@@ -149,8 +148,7 @@ class Engine:
             self._wanted.clear()
             await self._wanted.wait()
         self._running = {f"{picture.job.name}.{picture.index}": picture for picture in batch}
-        self._begun = asyncio.get_running_loop().time()
-        self._batch_cost = batch[0].job.order.shape.cost * len(batch)
+        self.queue.under_way = batch[0].job.order.shape.cost * len(batch), asyncio.get_running_loop().time()
         self._metrics.batches.observe(len(batch))
         for picture in batch:
             self._live(picture.job, Begun(picture.index, len(batch)))
@@ -185,6 +183,7 @@ class Engine:
     def died(self) -> None:
         """The worker is gone: who waited for its batch is told to try again, who waits in the queue goes on waiting."""
         self.ready = False
+        self.queue.under_way = None
         running, self._running = self._running, {}
         for picture in running.values():
             picture.job.fail(unavailable("the worker died, a new one starts: try again", code="worker_died"))
@@ -209,20 +208,21 @@ class Engine:
             case "failed":
                 self._failed(values["pictures"], values["error"])
             case "idle":
-                self._running = {}
+                self._running, self.queue.under_way = {}, None
                 self._counters(message)
                 self._count()
 
     def _done(self, message: Message) -> None:
         seconds: dict[str, float] = message.values["seconds"]
-        whole = asyncio.get_running_loop().time() - self._begun
-        self.queue.pace.add(self._batch_cost, whole)
+        assert self.queue.under_way
+        cost, begun = self.queue.under_way
+        self.queue.pace.add(cost, asyncio.get_running_loop().time() - begun)
         for (name, hits, computed), rgb in zip(message.values["pictures"], message.blobs, strict=True):
             picture = self._running[name]
             order = picture.job.order
             self._metrics.count_calls(hits, computed)
             pixels = Pixels(order.shape.width, order.shape.height, rgb)
-            counts, stages = (hits, computed), {"queue": self._begun - picture.job.queued_at} | seconds
+            counts, stages = (hits, computed), {"queue": begun - picture.job.queued_at} | seconds
             self._after(picture, partial(self._finisher.picture, picture.job, picture.index, pixels, counts, stages))
 
     def _failed(self, names: list[str], error: str) -> None:

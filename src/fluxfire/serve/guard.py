@@ -25,6 +25,7 @@ class Guard:
     def __init__(self, app: ASGIApp, desk: Desk) -> None:
         self._app, self._desk = app, desk
         self._now = 0  # requests with a body that are under way
+        self._bytes = 0  # of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -43,7 +44,7 @@ class Guard:
         except ServeError as error:
             self._desk.metrics.rejections.labels(error.code).inc()
             response = error.response()
-            if error.status in (401, 408, 413):  # what is left of the body is not read
+            if error.status in (401, 408, 413) or error.code == "too_many_requests":  # the body's rest is not read
                 response.headers["Connection"] = "close"
             await response(scope, receive, counted)
         except ClientGone:
@@ -57,19 +58,25 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if self._now >= self._desk.settings.max_open_requests:
-            raise unavailable("too many requests are open", code="too_many_requests")
+            raise _too_many()
         self._now += 1
+        kept: list[int] = []
         try:
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, kept)
             await self._app(scope, _replay(body, receive), send)
         finally:
             self._now -= 1
+            self._bytes -= sum(kept)
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, kept: list[int]) -> bytes:
+        """The body; `kept` gets the bytes of each part that is in memory."""
         settings, queue = self._desk.settings, self._desk.engine.queue
-        if int(headers.get("content-length", "0")) > settings.max_body_bytes:
+        told = int(headers.get("content-length", "0"))
+        if told > settings.max_body_bytes:
             raise self._too_large()
         full = queue.full and "idempotency-key" not in headers
+        if not full and self._bytes + told > settings.max_open_bytes:
+            raise _too_many()
         chunks: list[bytes] = []
         size = 0
         try:
@@ -83,8 +90,12 @@ class Guard:
                     size += len(chunk)
                     if size > settings.max_body_bytes:
                         raise self._too_large()
-                    if not full:
+                    if not full:  # counted as it comes: who only tells of a large body keeps nobody out
                         chunks.append(chunk)
+                        kept.append(len(chunk))
+                        self._bytes += len(chunk)
+                        if self._bytes > settings.max_open_bytes:
+                            raise _too_many()
         except TimeoutError:
             late = f"the body did not arrive within {settings.body_s:g} s"
             raise ServeError(408, late, code="body_timeout") from None
@@ -95,6 +106,10 @@ class Guard:
     def _too_large(self) -> ServeError:
         most = self._desk.settings.max_body_bytes
         return ServeError(413, f"the body has over {most} bytes", code="body_too_large")
+
+
+def _too_many() -> ServeError:
+    return unavailable("too many requests are open", code="too_many_requests")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -34,6 +34,7 @@ class Facts:
     device: str
     pixels_at_once: int | None  # most pixels of one batch that fit into the GPU's memory; None: no limit known
     seconds_per_cost: float  # measured while warming up, until requests are measured
+    steps_only: int | None = None  # the cache's schedule takes no other number; None: any
     styles: tuple[str, ...] = ()  # words for the page to offer; "" is none
     examples: tuple[str, ...] = ()  # prompts for the page to offer
 

@@ -1,12 +1,14 @@
 """The queue: pictures that wait, bounded by what they cost, taken in batches of equal shape.
 
 Cost is pixels x steps, so that one picture of 1024x1024 counts as much as 64 of 128x128. How long a cost takes is
-measured with every batch; what a full queue tells its clients (`Retry-After`) is the time until enough of it is done.
+measured with every batch; what a full queue tells its clients (`Retry-After`) is the time until the batch under way and
+enough of what waits is done.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import OrderedDict
 
 from fluxfire.serve.errors import ServeError
@@ -25,9 +27,9 @@ class Pace:
         old = self.seconds_per_cost
         self.seconds_per_cost = new if old is None else 0.8 * old + 0.2 * new
 
-    def seconds(self, cost: int) -> int:
-        """How long this takes, in whole seconds and at least one; one as well before anything was measured."""
-        return max(1, math.ceil(cost * (self.seconds_per_cost or 0)))
+    def seconds(self, cost: int, since: float = 0.0) -> float:
+        """How long this still takes, begun so many seconds ago; 0 before anything was measured."""
+        return max(0.0, cost * (self.seconds_per_cost or 0) - since)
 
 
 class PictureQueue:
@@ -41,6 +43,7 @@ class PictureQueue:
         self.limit = limit
         self.cost = 0
         self.pace = Pace()
+        self.under_way: tuple[int, float] | None = None  # the cost of the batch that is made, and when it began
         self._waiting: OrderedDict[Picture, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -68,9 +71,12 @@ class PictureQueue:
         self.cost += cost
 
     def refusal(self, cost: int = 1) -> ServeError:
-        """The answer when something of this cost does not fit."""
+        """The answer when something of this cost does not fit; it is never told to come in less than a second."""
         wait = self.pace.seconds(self.cost + cost - self.limit)
-        return ServeError(429, "the queue is full", code="queue_full", retry_after_s=wait)
+        if self.under_way:
+            running, begun = self.under_way
+            wait += self.pace.seconds(running, time.monotonic() - begun)
+        return ServeError(429, "the queue is full", code="queue_full", retry_after_s=max(1, math.ceil(wait)))
 
     def take(self, most: int, pixels_at_once: int | None) -> list[Picture]:
         """The next batch: the first that waits, and those after it of the same shape, as many as fit."""

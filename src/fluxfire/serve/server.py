@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 
 from fluxfire.serve.app import create_app
+from fluxfire.serve.connection import connections
 from fluxfire.serve.redact import log_to_stderr
 from fluxfire.serve.settings import Settings
 
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
                 settings.host,
                 settings.port,
                 loop="asyncio",  # these three as tested, whatever else is installed
-                http="h11",
+                http=connections(settings, app.state.desk.metrics),
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -64,13 +64,17 @@ class Settings(BaseSettings):
     max_steps: Positive = 100  # of a picture
     max_pictures: Positive = 10  # of a request
     max_open_requests: Positive = 512  # with a body, at once; more get 503
+    max_open_bytes: Positive = 256 * MIB  # of the bodies of all open requests; more get 503
+    max_connections: Positive = 800  # at once; more are closed. Below the usual limit of 1024 open files
     max_batch: Positive = 4  # pictures made together
     queue_cost: Positive = 32 * 28 * 1024 * 1024  # pixels x steps that may wait: 32 pictures of 1024x1024, 28 steps
     idempotency_bytes: Positive = 256 * MIB  # of pictures kept for requests that are repeated
 
     # How long
     deadline_s: Seconds = 600.0  # in the queue and running
+    head_s: Seconds = 10.0  # to send a request's head, from the connection on
     body_s: Seconds = 30.0  # to send a request's body
+    read_s: Seconds = 60.0  # in which a client must take some of its answer
     drain_s: Seconds = 120.0  # after SIGTERM
     silence_s: Seconds = 300.0  # after which a worker that should be denoising is taken for hung
     idempotency_s: Seconds = 600.0  # in which a repeated Idempotency-Key gets the first one's pictures
@@ -85,6 +89,12 @@ class Settings(BaseSettings):
     s3_region: str = "auto"  # AWS wants its own
     s3_access_key_id: SecretStr | None = None  # with the right to put and get objects
     s3_secret_access_key: SecretStr | None = None  # of that key
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_open_bytes < self.max_body_bytes:
+            raise ValueError("max_open_bytes is less than max_body_bytes: the largest body would never be taken")
+        return self
 
     @model_validator(mode="after")
     def _storage_is_whole(self) -> Self:

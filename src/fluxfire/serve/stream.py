@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -19,6 +19,7 @@ from fluxfire.serve.errors import ServeError
 from fluxfire.serve.jobs import Event, Job
 
 Told = tuple[str, dict[str, Any]]  # an event's name and values
+QUIET_S: Final = 15.0  # after which a comment is sent: proxies close what says nothing for long, nginx after 60 s
 
 
 def stream(
@@ -38,9 +39,11 @@ def stream(
         for told in first:
             yield _packed(*told)
         try:
-            async with aclosing(desk.follow(job, request)) as events:
+            async with aclosing(desk.follow(job, request, QUIET_S)) as events:
                 async for event in events:
-                    if news := tell(event):
+                    if event is None:
+                        yield b": still waiting\n\n"
+                    elif news := tell(event):
                         yield _packed(*news)
         except ServeError as error:  # the status is sent already
             desk.metrics.rejections.labels(error.code).inc()

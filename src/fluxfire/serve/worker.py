@@ -32,6 +32,7 @@ from fluxfire.serve.generate import Cancelled, Sample, Watch
 from fluxfire.serve.jobs import Facts, Pixels, Shape
 from fluxfire.serve.model import Model, load
 from fluxfire.serve.wire import Message
+from fluxfire.warm import STEPS, scheduled_steps
 
 HEADROOM: Final = 0.9  # of the GPU's memory, for the estimate of what fits: other processes and fragments take some
 
@@ -82,11 +83,12 @@ class Worker:
     def _warm(self) -> Facts:
         """Makes pictures of the sizes and batches that will be asked for, so that nothing is compiled later."""
         model, most, threshold = self._model, int(self._options["max_batch"]), self._threshold()
+        scheduled = scheduled_steps(model.pipe)
         sizes = [tuple(size) for size in self._options["warm_sizes"]] or [(model.side, model.side)]
         bytes_per_pixel = seconds_per_cost = 0.0
         for width, height in sizes:
             for reference in (None, (width, height))[: 1 + model.takes_picture]:
-                shape = Shape(width, height, 2, model.guidance, threshold, reference)
+                shape = Shape(width, height, scheduled or STEPS, model.guidance, threshold, reference)
                 for batch in (most, 1, 1) if most > 1 else (1, 1):  # the second of 1 has nothing left to compile
                     before, begin = self._memory(reset=True), time.monotonic()
                     self._warm_up(shape, batch)
@@ -95,7 +97,8 @@ class Worker:
         return Facts(
             name=self._options["name"] or model.name,
             side=model.side,
-            steps=model.steps,
+            steps=scheduled or model.steps,
+            steps_only=scheduled,
             guidance=model.guidance,
             multiple=model.multiple,
             text_tokens=model.text_tokens,

@@ -59,7 +59,7 @@ async function* events(stream, signal) {
     if (done) return;
     const parts = (text + value).split("\n\n");
     text = parts.pop();
-    for (const part of parts) {
+    for (const part of parts.filter((part) => !part.startsWith(":"))) {  // a comment, so that nobody closes the stream
       const [event, data] = part.split("\n");
       yield [event.slice("event: ".length), JSON.parse(data.slice("data: ".length))];
     }
