@@ -146,7 +146,7 @@ def rows(options: argparse.Namespace, folder: Path, deadline: float) -> Any:
         if variant not in options.variants.split(","):
             continue
         store, cold = folder / f"store-{number}", None
-        for process in processes:
+        for process in (process for process in processes if process in options.processes.split(",")):
             if deadline - time.time() < 20:
                 return
             count = 2 if process == "both" else 1
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "benchmarks/results")))
     parser.add_argument("--blocks", type=int, nargs=2, default=None, help="double and single blocks (19 38)")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--processes", default="cold,found,both")
     parser.add_argument("--time-limit", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="2 + 2 blocks of width 32, on a CPU")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
