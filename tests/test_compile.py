@@ -28,6 +28,12 @@ def compiled(pipe: Any) -> fluxfire.CompileStats:
     return stats
 
 
+SLOW_FLUX1 = [  # what both classes do in the same way is shown on the longer one; on both by `scripts/test --all`
+    pytest.param(FluxPipeline, id="text-to-image", marks=pytest.mark.slow),
+    pytest.param(FluxKontextPipeline, id="kontext"),
+]
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["alone", "with the cache"])
 def test_two_graphs_serve_all_sizes_and_two_more_all_batches(flux_class: type, cached: bool) -> None:
     pipe = make_pipe(flux_class, blocks=(3, 4))
@@ -91,6 +97,7 @@ def test_more_graphs_than_torchs_limit_are_served() -> None:
     assert compiled(pipe).graphs == 2 * len(sizes)
 
 
+@pytest.mark.parametrize("flux_class", SLOW_FLUX1)
 def test_inductor_is_exact_within_rounding(flux_class: type) -> None:
     pipe = make_pipe(flux_class)
     baseline = run(pipe)
@@ -154,6 +161,7 @@ def test_bad_arguments_are_refused_and_change_nothing(pipe: Any, arguments: dict
         fluxfire.report(pipe)
 
 
+@pytest.mark.parametrize("flux_class", SLOW_FLUX1)
 def test_the_whole_denoiser_is_one_graph_for_all_sizes_and_one_for_all_batches(pipe: Any) -> None:
     baseline = run(pipe, steps=2)
     fluxfire.apply_compile(pipe, backend="eager", scope="denoiser")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import attributes, make_pipe, run
-from diffusers import AutoencoderTiny, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import AutoencoderTiny, FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch.overrides import TorchFunctionMode
 
@@ -236,7 +236,15 @@ def test_restore_under_a_lora_keeps_the_lora(pipe: Any) -> None:
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in pipe.transformer.parameters())
 
 
-@pytest.mark.parametrize("compile_first_batch", [1, 2])
+@pytest.mark.parametrize(
+    ("flux_class", "compile_first_batch"),
+    [
+        pytest.param(FluxPipeline, 1, id="text-to-image-1"),
+        pytest.param(FluxKontextPipeline, 2, id="kontext-2"),
+        pytest.param(FluxPipeline, 2, id="text-to-image-2", marks=pytest.mark.slow),
+        pytest.param(FluxKontextPipeline, 1, id="kontext-1", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_graphs_stay_two(flux_class: type, compile_first_batch: int) -> None:
     torch._dynamo.reset()
     pipe = make_pipe(flux_class, blocks=(3, 4))
@@ -271,7 +279,15 @@ def test_the_graphs_take_the_fused_weight_as_a_static_input() -> None:
     assert {meta["tensor_dict"]["_dynamo_static_input_type"] for meta in seen} == {"unguarded"}  # CUDA graphs copy none
 
 
-@pytest.mark.parametrize("scope", ["blocks", "denoiser"])
+@pytest.mark.parametrize(
+    ("flux_class", "scope"),
+    [
+        pytest.param(FluxKontextPipeline, "blocks", id="kontext-blocks"),
+        pytest.param(FluxPipeline, "denoiser", id="text-to-image-denoiser"),
+        pytest.param(FluxPipeline, "blocks", id="text-to-image-blocks", marks=pytest.mark.slow),
+        pytest.param(FluxKontextPipeline, "denoiser", id="kontext-denoiser", marks=pytest.mark.slow),
+    ],
+)
 def test_with_compilation_and_the_cache_at_0(pipe: Any, scope: str) -> None:
     torch._dynamo.reset()
     baseline = pictures(pipe)

@@ -151,7 +151,17 @@ def test_offload_equals_the_baseline_and_leaves_no_hook(
     untouched()
 
 
-@offloads
+@pytest.mark.parametrize(
+    ("flux_class", "offload"),
+    [
+        pytest.param(FluxPipeline, OFFLOADS["model"], id="text-to-image-model"),
+        pytest.param(FluxKontextPipeline, OFFLOADS["blocks"], id="kontext-blocks"),
+        pytest.param(FluxPipeline, OFFLOADS["leaves"], id="text-to-image-leaves"),
+        pytest.param(FluxPipeline, OFFLOADS["blocks"], id="text-to-image-blocks", marks=pytest.mark.slow),
+        pytest.param(FluxKontextPipeline, OFFLOADS["model"], id="kontext-model", marks=pytest.mark.slow),
+        pytest.param(FluxKontextPipeline, OFFLOADS["leaves"], id="kontext-leaves", marks=pytest.mark.slow),
+    ],
+)
 def test_offload_over_the_cache_and_compiled_blocks(
     pipe: Any, untouched: Callable[[], None], offload: dict[str, Any]
 ) -> None:
@@ -168,6 +178,7 @@ def test_offload_over_the_cache_and_compiled_blocks(
     untouched()
 
 
+@pytest.mark.parametrize("flux_class", [FluxKontextPipeline], ids=["kontext"])  # FLUX.1's: tests/test_classes.py
 def test_all_steps_at_once_come_off_again(pipe: Any, untouched: Callable[[], None]) -> None:
     apply_memory_format(pipe)
     fluxfire.apply_compile(pipe, backend="eager")

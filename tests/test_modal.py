@@ -115,19 +115,22 @@ def test_the_image_has_fluxfire_and_the_versions_that_are_installed_here(example
     assert {"/root/fluxfire/serve/worker.py", "/root/fluxfire/deploy/modal_app.py"} <= files
 
 
-def test_a_gpu_snapshot_is_asked_for_by_name_and_none_is_none(tmp_path: Path):
-    file = tmp_path / "mine.py"
-    for snapshot, options, implementation in (
+@pytest.mark.parametrize(
+    ("snapshot", "options", "implementation"),
+    [
         ("gpu", {"enable_gpu_snapshot": "True"}, "WarmServer.*"),
-        (None, {}, "Server.*"),
-    ):
-        file.write_text(
-            f"from fluxfire.deploy.modal_app import make_app\napp = make_app('mine', snapshot={snapshot!r})"
-        )
-        server = functions(deploy(file, tmp_path)[0])["server"]
-        assert server.checkpointing_enabled is (snapshot is not None)
-        assert dict(server.experimental_options) == options
-        assert server.implementation_name == implementation
+        pytest.param(None, {}, "Server.*", marks=pytest.mark.slow),
+    ],
+)
+def test_a_gpu_snapshot_is_asked_for_by_name_and_none_is_none(
+    tmp_path: Path, snapshot: str | None, options: dict[str, str], implementation: str
+):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from fluxfire.deploy.modal_app import make_app\napp = make_app('mine', snapshot={snapshot!r})")
+    server = functions(deploy(file, tmp_path)[0])["server"]
+    assert server.checkpointing_enabled is (snapshot is not None)
+    assert dict(server.experimental_options) == options
+    assert server.implementation_name == implementation
 
 
 @pytest.mark.parametrize(
@@ -197,32 +200,28 @@ def picture() -> np.ndarray:
     return np.asarray(open_picture(answer.content)).astype(int)
 
 
-def test_a_held_container_has_loaded_nothing_and_serves_when_let_go(container: Path):
+def test_a_held_container_has_loaded_nothing_and_one_that_wakes_with_other_weights_is_given_a_new_worker(
+    container: Path,
+):
     server = HeldServer()
     server.hold()
-    engine = server._host._engine
-    worker = engine.supervisor.worker
-    assert worker and engine.facts is None and not engine.ready
+    host = server._host
+    worker = host._engine.supervisor.worker
+    assert worker and host._engine.facts is None and not host._engine.ready
     server.let_go()
-    assert engine.supervisor.worker is worker  # the same process went on
-    assert picture().shape == (64, 64, 3)
-    server.stop()
-    assert not server._host._thread.is_alive()
-
-
-def test_a_container_that_wakes_with_other_weights_is_given_a_new_worker(container: Path):
-    server = WarmServer()
-    server.start()
+    assert host._engine.supervisor.worker is worker  # the same process went on
+    host.remember()  # from here on as WarmServer does
     well = picture()
-    assert server._host.check()
-    worker = server._host._engine.supervisor.worker
+    assert well.shape == (64, 64, 3)
+    assert host.check()
     container.write_text(f"{worker.pid} numb")
     assert np.abs(picture() - well).max() > 50  # it is really sick
-    server.check()
-    assert server._host._engine.supervisor.worker is not worker
+    assert not host.check()
+    assert host._engine.supervisor.worker is not worker
     assert np.abs(picture() - well).max() <= 1
-    assert server._host.check()
+    assert host.check()
     server.stop()
+    assert not host._thread.is_alive()
 
 
 @pytest.mark.slow

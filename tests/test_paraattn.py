@@ -132,7 +132,10 @@ def test_the_oracle_decides_and_draws_the_same(utils: Any, call: dict[str, Any])
     assert mixed >= 5, "hits and misses must mix, or this shows little"
 
 
-@pytest.mark.parametrize("prompt, seed", [("teapot, noto style", 0), ("waffle, twemoji style", 1)])
+@pytest.mark.parametrize(
+    "prompt, seed",
+    [("teapot, noto style", 0), pytest.param("waffle, twemoji style", 1, marks=pytest.mark.slow)],
+)
 def test_the_oracle_agrees_on_the_embedded_model(utils: Any, prompt: str, seed: int) -> None:
     """Real denoising: at these thresholds hits really happen."""
     pipe = fluxfire.demo.load_pipeline()

@@ -79,11 +79,21 @@ def apply_and_restore(cls: type, batch: int, chosen: list[tuple[str, dict[str, A
     assert torch.equal(run(pipe, batch=batch, steps=3, output_type="pt"), baseline)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(
+without_compile = given(
     st.sampled_from(list(PIPES)), st.sampled_from([1, 2]), steps(tuple(name for name in RECIPES if name != "compile"))
 )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@without_compile
 def test_steps_without_compile_are_undone_to_the_bit(cls: type, batch: int, chosen: Any) -> None:
+    apply_and_restore(cls, batch, chosen)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@without_compile
+def test_more_steps_without_compile_are_undone_to_the_bit(cls: type, batch: int, chosen: Any) -> None:
     apply_and_restore(cls, batch, chosen)
 
 

@@ -113,7 +113,7 @@ def bench(
     format: Format = "text",
 ) -> None:
     """Measure speed, memory, energy and error beside the peers, at full size with random weights or embedded."""
-    _need("bench", "rich")
+    _need("bench", "rich", "skimage")
     import torch
 
     from fluxfire.bench import show, workloads
