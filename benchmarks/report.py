@@ -1,6 +1,9 @@
-"""docs/benchmarks.md and its plot, from the results of `fluxfire bench` in benchmarks/results.
+"""docs/benchmarks.md, its plot and figures in other pages, from the results of `fluxfire bench`.
 
     python benchmarks/report.py            # after new results; needs matplotlib (fluxfire[bench])
+
+In README.md and docs, `134.9<!--t2i-1024 fluxfire ms_computed .1f-->` is a figure of a row: workload, variant, field,
+format. It is written anew from the newest such row of FIGURE_OF, batch 1, 28 steps.
 
 Rows of one workload, batch and number of steps on one kind of GPU come together in one table, whichever run they are
 of, the newest of each variant; each row's ratios are to the eager row and to the limit of its own process.
@@ -9,6 +12,7 @@ of, the newest of each variant; each row's ratios are to the eager row and to th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +25,9 @@ PLOT: Final = "assets/benchmarks.png"
 FULL: Final = {"t2i-1024": "Text to image, 1024x1024", "kontext-1024": "Kontext edit, 1024x1024"}
 FULL_512: Final = {"t2i-512": "Text to image, 512x512"}
 TITLES: Final = FULL | FULL_512
+
+FIGURE: Final = re.compile(r"[0-9.]+%?<!--(\S+) (\S+) (\S+) (\S+)-->")
+FIGURE_OF: Final = "NVIDIA H100 80GB HBM3"
 
 Group = list[tuple[dict[str, Any], results.Row]]  # the run and the row
 
@@ -199,6 +206,26 @@ def document(folder: Path) -> str:
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
+def filled(text: str, tables: dict[tuple[Any, ...], list[results.Row]]) -> str:
+    """A page with its figures as the results have them.
+
+    Raises:
+        KeyError: no such row.
+    """
+
+    def figure(match: re.Match[str]) -> str:
+        workload, variant, field, form = match.groups()
+        rows = {row["variant"]: row for row in tables[FIGURE_OF, workload, 1, 28]}
+        return f"{rows[variant][field]:{form}}<!--{workload} {variant} {field} {form}-->"
+
+    return FIGURE.sub(figure, text)
+
+
+def pages() -> list[Path]:
+    """Those in which figures may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def draw(folder: Path, path: Path) -> None:
     """Seconds a picture, stage by stage, a panel for each workload; a line where the limit of 28 computed steps is."""
     import matplotlib
@@ -243,9 +270,12 @@ def draw(folder: Path, path: Path) -> None:
 
 
 def main() -> None:
-    """Writes both."""
+    """Writes all of it."""
     folder = ROOT / "benchmarks" / "results"
     (ROOT / "docs" / "benchmarks.md").write_text(document(folder))
+    tables = groups(load(folder))
+    for page in pages():
+        page.write_text(filled(page.read_text(), tables))
     draw(folder, ROOT / "docs" / PLOT)
 
 

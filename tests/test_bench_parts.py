@@ -216,3 +216,15 @@ def test_the_document_has_every_row_and_why_others_failed(tmp_path: Path) -> Non
 
 def test_docs_are_made_from_the_committed_results() -> None:
     assert report.document(ROOT / "benchmarks" / "results") == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_figures_in_other_pages_are_the_newest_results() -> None:
+    tables = report.groups(report.load(ROOT / "benchmarks" / "results"))
+    texts = {page.name: page.read_text() for page in report.pages()}
+    assert sum(len(report.FIGURE.findall(text)) for text in texts.values()) > 30
+    for name, text in texts.items():
+        assert report.filled(text, tables) == text, f"{name}: run python benchmarks/report.py"
+    stale = "1.0<!--t2i-1024 fluxfire ms_computed .1f--> ms"
+    assert report.filled(stale, tables) != stale
+    with pytest.raises(KeyError, match="nothing"):
+        report.filled("0<!--t2i-1024 nothing ms_computed .1f-->", tables)
