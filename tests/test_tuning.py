@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import classes
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 
 import fluxfire
 from fluxfire import ArgumentError, Setting, Trial, demo
+from fluxfire.patches import handle_of
 from fluxfire.setting import fingerprint
 from fluxfire.tuning import LADDER, _Budget
 
@@ -186,6 +188,47 @@ def test_an_optimized_pipeline_keeps_its_steps_and_gets_no_cache(pipe: Any) -> N
     tune(pipe, speedup=1.2)
     assert attributes(pipe) == before and fluxfire.report(pipe).steps == steps
     assert torch.equal(run(pipe), fresh)
+
+
+def _offloaded(pipe: Any) -> None:
+    fluxfire.apply_cache(pipe, 0)  # comes before the offload: it is the one that is tuned
+    fluxfire.apply_offload(pipe, "group", device="cpu")
+
+
+def _compiled(pipe: Any) -> None:
+    fluxfire.apply_compile(pipe, backend="eager")
+
+
+@pytest.mark.parametrize("prepare", [_compiled, _offloaded])
+def test_what_is_compiled_or_offloaded_is_tuned_as_it_is(prepare: Callable[[Any], None]) -> None:
+    pipe = make_pipe(FluxPipeline)
+    prepare(pipe)
+    fresh, names = run(pipe), [step.name for step in fluxfire.report(pipe).steps]
+    setting = tune(pipe, speedup=1.2)
+    assert setting.calls >= 1.2 * setting.computed
+    assert [step.name for step in fluxfire.report(pipe).steps] == names and torch.equal(run(pipe), fresh)
+    tune(pipe, speedup=1.2, apply=True)
+    run(pipe)
+    assert fluxfire.cache_stats(pipe).threshold == setting.threshold and fluxfire.cache_stats(pipe).hits
+
+
+def test_an_offload_without_a_cache_below_is_told_the_order() -> None:
+    pipe = make_pipe(FluxPipeline)
+    fluxfire.apply_offload(pipe, "model", device="cpu")
+    with pytest.raises(fluxfire.StepError, match="apply_cache, apply_offload"):
+        tune(pipe, speedup=1.2)
+
+
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux3ModularPipeline"])
+def test_other_families_are_tuned(name: str) -> None:
+    pipe = classes.make(name)
+    case = classes.CASES[name]
+    given = {key: value() for key, value in case.call.items()}
+    prompts = [{"prompt_embeds": classes.text() * scale} | given for scale in (1, 0.5)]
+    size = classes.SIZES[case.family]
+    setting = tune(pipe, prompts, max_error=0.5, call={"height": size, "width": size, "num_inference_steps": 4})
+    assert (setting.threshold, setting.steps, setting.prompts) == (max(RUNGS), 4, 2) and setting.error <= 0.5
+    assert handle_of(pipe) is None
 
 
 def test_a_cache_keeps_its_threshold_and_its_counts_unless_asked(pipe: Any) -> None:

@@ -289,7 +289,7 @@ def _job(index: int, prompt: Any, call: Mapping[str, Any], seed: int) -> Job:
         found = f"found a {type(prompt).__name__} at {index}"
         raise ArgumentError(f'prompts: {found}, needed a text, or a call\'s arguments such as {{"prompt": "a cat"}}')
     job: Job = {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt)}
-    if job.setdefault("output_type", "pil") != "pil" or not job.setdefault("return_dict", True):
+    if job.setdefault("output_type", "pil") != "pil" or not job.get("return_dict", True):
         raise ArgumentError(
             f"prompts: found output_type or return_dict at {index}: leave both out, pictures are compared"
         )
