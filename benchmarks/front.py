@@ -267,6 +267,11 @@ def chosen(work: Work, method: Method, kind: Kind, steps: int) -> list[Settings]
 
     We get no call less than the target. Of what was tried already.
     """
+    if method.follows:
+        return [
+            {"marks": s["schedule"], "steps_computation_policy": "static", "taylorseer_order": s["extrapolate"]}
+            for s in chosen(work, METHODS["fluxfire"], kind, steps)
+        ]
     tried = _tried(work, method, kind, steps)
     picked: list[Settings] = []
     for target in TARGETS if tried else ():
@@ -298,7 +303,8 @@ def _ready(work: Work, options: argparse.Namespace, failed: set[str]) -> Iterato
             jobs: list[Job] = []
             counted: list[tuple[str, Kind, Settings]] = []
             for method, kind in itertools.product(methods, KINDS):
-                tuning = [Job(method.name, settings, kind, steps, -1) for settings in method.grid(steps)]
+                tuned = METHODS["fluxfire"] if method.follows else method
+                tuning = [Job(tuned.name, settings, kind, steps, -1) for settings in tuned.grid(steps)]
                 jobs += tuning
                 if all(work.made(job) or job.key in failed for job in tuning):
                     some = [*chosen(work, method, kind, steps), *method.always]
@@ -330,9 +336,9 @@ def produce(work: Work, options: argparse.Namespace) -> None:
     waiting: list[Job] = []
     with multiprocessing.get_context("fork").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
         while time.monotonic() < until:
-            waiting = (
-                waiting or [j for j in _ready(work, options, failed) if j.key not in flying | failed][: options.workers]
-            )
+            if not waiting:
+                ready = {j.key: j for j in _ready(work, options, failed) if j.key not in flying | failed}
+                waiting = list(ready.values())[: options.workers]
             if not waiting and not flying:
                 break
             while waiting and len(flying) < options.workers + 2:
