@@ -16,14 +16,21 @@ from tqdm import tqdm
 
 def fuzzing(small: bool) -> dict[str, Any]:
     """Schemathesis makes requests from the OpenAPI description, right ones and wrong ones."""
+    program = Path(sys.executable).parent / "st"
+    if not program.exists():
+        sys.exit("found no schemathesis, which this part needs: pip install schemathesis==4.32.5")
     wanted, seed, failed = 200 if small else 5000, 0, 0
     routes = ("/inference", "/v1/images/generations", "/v1/images/edits")
-    with serving(max_pixels=32 * 32, max_steps=2, max_pictures=2) as server, tqdm(total=wanted, desc="fuzzing") as bar:
+    limits = {"max_pixels": 64 * 64, "max_steps": 4, "max_pictures": 2}
+    with (
+        serving(model="serving_model:embedded", warm_sizes=[[32, 32]], **limits) as server,
+        tqdm(total=wanted, desc="fuzzing") as bar,
+    ):
         statuses: Counter[str] = Counter()
         while (cases := sum(statuses.values())) < wanted and seed < 12:
             bar.update(cases - bar.n)
             seed += 1
-            command = [str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", "--no-color"]
+            command = [str(program), "run", f"{server.url}/openapi.json", "--no-color"]
             options = {"checks": "not_a_server_error", "max-examples": wanted // 4, "seed": seed, "workers": 2}
             options |= {"phases": "examples,coverage,fuzzing", "generation-database": "none", "max-time": 600}
             options |= {"request-timeout": 120, "include-path-regex": "inference|images"}
@@ -40,10 +47,12 @@ def fuzzing(small: bool) -> dict[str, Any]:
             for name, value in server.metrics().items():
                 if name.startswith("fluxfire_requests_total") and any(f'route="{route}"' in name for route in routes):
                     statuses[name.split('status="')[1][:3]] += int(value)
+        pictures = int(server.metric("pictures_total"))
         alive = server.ask(steps=1, width=16, height=16).status_code
     return {
         "cases": sum(statuses.values()),
         "statuses": dict(sorted(statuses.items())),
+        "pictures_made": pictures,
         "server_errors": sum(number for status, number in statuses.items() if status >= "500"),
         "runs_with_failures": failed,
         "next_request_works": alive == 200,

@@ -2,7 +2,8 @@
 
 For throughput, with `benchmarks` on PYTHONPATH: the transformer (12 B), the VAE, CLIP-L and T5-XXL, text encoded for
 each request as ever. Pictures are noise. There is no real hit rate, so every other step is forced to hit, unless a
-request says the threshold 0. `tiny` only shows on a CPU that all this works.
+request says the threshold 0. `tiny` only shows on a CPU that all this works. `embedded` is for fuzzing: the embedded
+model, whose pictures are small and of two steps when a request says nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -18,7 +20,7 @@ import torch
 
 import fluxfire
 from fluxfire.bench import workloads
-from fluxfire.serve.model import Model
+from fluxfire.serve.model import Model, load
 
 HIT_ANYWAY = 1e9  # a threshold that no distance reaches
 
@@ -36,6 +38,11 @@ def full_float8() -> Model:
 def tiny() -> Model:
     """A few thousand parameters."""
     return _make("tiny-t2i")
+
+
+def embedded() -> Model:
+    """The embedded model in a hurry."""
+    return replace(load("embedded", "cpu", "float32"), side=32, steps=2)
 
 
 def _make(name: str, *, float8: bool = False) -> Model:
