@@ -322,7 +322,8 @@ def test_worker_finds_what_the_last_one_has_compiled(tmp_path: Path):
     [
         ({"FLUXFIRE_MAX_STEPS": "0"}, "max_steps: Input should be greater than 0"),
         ({"FLUXFIRE_API_KEYS": '[{"name": "ada", "key": "short-secret"}]'}, "api_keys.0.key: "),
-        ({"FLUXFIRE_STORAGE": "s3", "FLUXFIRE_S3_BUCKET": "b"}, "needs FLUXFIRE_S3_ACCESS_KEY_ID"),
+        ({"FLUXFIRE_STORAGE": "s3", "FLUXFIRE_S3_BUCKET": "b"}, "storage is s3, which needs FLUXFIRE_S3_ACCESS_KEY_ID"),
+        ({"FLUXFIRE_MAX_OPEN_BYTES": "1000"}, "max_open_bytes is less than max_body_bytes: "),
     ],
 )
 def test_wrong_setting_is_named_without_its_value(

@@ -319,6 +319,15 @@ def test_errors_of_http_are_openais_error_objects(served: Served):
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_body_that_is_no_json_object_is_told_so(served: Served):
+    json_type = {"Content-Type": "application/json"}
+    as_form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl says unless told
+    for body, headers in ((b"{", json_type), (b"[1]", json_type), (b'{"prompt": "a"}', as_form), (b"", json_type)):
+        error = served.http.post("/inference", content=body, headers=headers).json()["error"]
+        assert "needs a JSON object, sent as Content-Type: application/json" in error["message"], (body, error)
+        assert error["param"] is None
+
+
 def test_requests_are_counted_by_route_and_refusals_by_code(served: Served):
     before = metric(served, 'fluxfire_requests_total{route="/inference",status="422"}')
     refused = metric(served, 'fluxfire_rejections_total{code="unknown_field"}')

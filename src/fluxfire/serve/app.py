@@ -67,6 +67,9 @@ async def _unprocessable(request: Request, error: Exception) -> Response:
     """The first thing that pydantic found, without what it was given: that can be megabytes, or secret."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+        message = "this needs a JSON object, sent as Content-Type: application/json"
+        return await _told(request, ServeError(422, message, code="invalid_value"))
     where = [str(part) for part in first["loc"] if part != "body"]
     param = ".".join(where) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])

@@ -145,7 +145,8 @@ def read_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False)]
+        told = ((".".join(map(str, found["loc"])), found["msg"]) for found in error.errors(include_input=False))
+        lines = [f"{name}: {text}" if name else text.removeprefix("Value error, ") for name, text in told]
         raise ArgumentError("; ".join(lines)) from None
     except SettingsError as error:
         raise ArgumentError(str(error)) from None
