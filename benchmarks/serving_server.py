@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -109,6 +110,7 @@ class Server:
         self._process.join(WAIT_S)
         if "http" in vars(self):
             self.http.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
         return self._process.exitcode
 
 
