@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from PIL import Image
-from serving_server import Server, ms, post, serving, wait_until
+from serving_server import PROMPT, Server, ms, post, serving, wait_until
 from tqdm import tqdm
 
 
@@ -104,26 +104,26 @@ def _slowly(url: str, fields: dict[str, Any]) -> bytes:
 
 def leaving(small: bool) -> dict[str, Any]:
     """Clients that disconnect in the middle of a picture of 100 steps: what does the worker still do for them?"""
-    count, steps_after, decoded, free = 3 if small else 100, Counter[int](), 0, 0
-    fields = {"steps": 100, "width": 256, "height": 256, "stream": True}
-    with serving(warm_sizes=[[256, 256]]) as server:
+    count, steps_after = 3 if small else 100, Counter[int]()
+    fields = {"prompt": PROMPT, "steps": 100, "width": 512, "height": 512, "stream": True}  # slow steps
+    with serving(warm_sizes=[[512, 512]]) as server:
         for number in tqdm(range(count), desc="leaving"):
             before = server.metric("denoising_steps_total")
             seen, wanted = 0, 1 + number % 10
             with post(server.url, fields) as connection:
                 for line in connection.makefile("rb"):
-                    seen += line == b"event: step\r\n" or line == b"event: step\n"
+                    seen += line == b"event: step\n"
                     if seen == wanted:
                         break
+            assert seen == wanted
             wait_until(lambda: server.metric("running_pictures") == 0)
             steps_after[int(server.metric("denoising_steps_total") - before) - seen] += 1
-            decoded += server.metric("pictures_total") > 0
-            free += server.metric("queue_pictures") == 0
+        gone, made = server.metric('rejections_total{code="client_gone"}'), server.metric("pictures_total")
         alive = server.ask(steps=1, width=16, height=16).status_code
     return {
         "clients": count,
         "steps_done_after_the_last_seen": {str(steps): steps_after[steps] for steps in sorted(steps_after)},
-        "decoded": decoded,
-        "worker_free": free,
+        "given_up": int(gone),
+        "pictures_decoded": int(made),
         "next_request_works": alive == 200,
     }
