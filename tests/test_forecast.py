@@ -30,6 +30,19 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return ((out - expected).norm() / expected.norm()).item()
 
 
+def test_factors_that_differ_by_sample_are_no_coarser_than_the_one_of_a_sample_alone() -> None:
+    torch.manual_seed(0)
+    values = [torch.randn(2, 3, 4).bfloat16() for _ in range(3)]
+    both, alone = History(3), [History(3), History(3)]
+    for value, sigma in zip(values, (1.0, 0.9, 0.7), strict=True):
+        hits = (False, sigma == 0.9)
+        both.push(value, sigma, hits, None if sigma == 1.0 else torch.tensor([i for i in (0, 1) if not hits[i]]))
+        for row in (row for row in (0, 1) if not hits[row]):
+            alone[row].push(value[row : row + 1], sigma)
+    out = both.at(0.37)
+    assert all(torch.equal(out[row : row + 1], alone[row].at(0.37)) for row in (0, 1))
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_a_polynomial_is_forecast_exactly(order: int) -> None:
     history = History(order + 1)

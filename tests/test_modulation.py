@@ -105,6 +105,16 @@ def _plain(make: Any, timestep: float) -> Any:
     return make(make_pipe(FluxPipeline), timestep)
 
 
+def test_a_run_that_begins_at_a_repeated_timestep_takes_its_own_row() -> None:
+    """As rounding to bfloat16 makes them: here two steps at one sigma, and a run that begins at the second."""
+    pipe = classes.make("FluxImg2ImgPipeline")
+    fluxfire.apply_modulation_table(pipe)
+    more = {"image": classes.picture(), "strength": 0.6, "sigmas": [0.9, 0.7, 0.7, 0.5, 0.3], "output_type": "latent"}
+    pipe(**embeds(), height=32, width=32, num_inference_steps=5, **more)
+    told = dict(fluxfire.report(pipe).other)["modulation_table"]
+    assert (told.from_table, told.computed, told.tables) == (3, 0, 1)
+
+
 def test_embeddings_replaced_in_mid_run_have_a_table_of_their_own(pipe: Any) -> None:
     other = embeds(seed=8)
 

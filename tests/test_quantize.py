@@ -193,6 +193,44 @@ def test_moving_keeps_the_numbers_and_casting_casts_the_bias_alone() -> None:
     assert layer.bias.dtype == torch.bfloat16 and layer.one is not None and layer.one.dtype == torch.float32
 
 
+def test_a_product_of_few_tokens_is_as_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's int8 product wants more than 16 rows."""
+    torch.manual_seed(0)
+    layer, product = QuantizedLinear.of(torch.nn.Linear(64, 48).requires_grad_(False), "int8"), torch._int_mm
+    x, rows = torch.randn(40, 64), []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows.append(a.shape[0]) or product(a, b))
+    for count in (1, 16, 17, 40):
+        assert torch.equal(layer(x[:count]), layer(x)[:count])
+    assert min(rows) == 17
+
+
+def test_weights_come_back_in_the_data_type_that_the_model_has_then() -> None:
+    pipe = make_pipe(FluxPipeline)
+    fluxfire.apply_quantization(pipe)
+    pipe.transformer.to(torch.bfloat16)
+    assert {layer.dtype for layer in layers(pipe).values()} == {torch.bfloat16}
+    pipe.transformer.to(torch.float64)
+    fluxfire.restore_pipeline(pipe)
+    assert {weight.dtype for weight in pipe.transformer.parameters()} == {torch.float64}
+
+
+def test_a_failure_after_weights_were_freed_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, of = make_pipe(FluxPipeline), QuantizedLinear.of
+    left = iter(range(3))
+
+    def fails(*args: Any) -> QuantizedLinear:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no memory")
+        return of(*args)
+
+    monkeypatch.setattr(QuantizedLinear, "of", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory") as failed:
+        fluxfire.apply_quantization(pipe, keep_original=None)
+    assert "quantization cannot be taken back: the weights before" in failed.value.__notes__[0]
+    with pytest.raises(fluxfire.UndoError, match="load the pipeline anew"):
+        fluxfire.restore_pipeline(pipe)
+
+
 @pytest.mark.parametrize("kind", ["float8", "float8-after", "int8"])
 def test_what_is_saved_is_loaded_and_never_quantized_again(kind: str, tmp_path: Path) -> None:
     pipe = make_pipe(FluxPipeline)

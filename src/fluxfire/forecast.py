@@ -75,7 +75,7 @@ class History:
         newest = self.values[0]
         total: torch.Tensor | float = 0.0
         for k, value in enumerate(self.values[1:], 1):
-            total = total + _each([weights[k] for weights in rows], newest) * (value - newest)
+            total = total + _each([weights[k] for weights in rows], value - newest)
         return total
 
 
@@ -106,11 +106,12 @@ class Corrector:
             self._history.push(output, sigma, hits, missed)
             owing = [skipped if not hit else [] for skipped, hit in zip(self._skipped, hits, strict=True)]
             if any(owing):
-                output = output + _each([bool(skipped) / step for skipped in owing], output) * self._owed(owing)
+                output = output + _each([bool(skipped) / step for skipped in owing], self._owed(owing))
         carried: torch.Tensor | float = 0.0
         if any(hits):
-            carried = _each([float(hit) for hit in hits], output) * self._forecast
-            carried = carried + _each([step * hit for hit in hits], output) * output
+            carried = _each([step * hit for hit in hits], output)
+            if isinstance(self._forecast, torch.Tensor):
+                carried = _each([float(hit) for hit in hits], self._forecast) + carried
         self._forecast = carried
         for row, hit in enumerate(hits):
             self._skipped[row] = [*self._skipped[row], (sigma, step)] if hit else []
@@ -125,7 +126,7 @@ class Corrector:
                 [math.fsum(column) for column in zip(*of_steps, strict=True)] or [0.0] * len(self._history.values)
             )
         newest = self._history.values[0]
-        total = _each([math.fsum(step for _, step in skipped) for skipped in owing], newest) * newest
+        total = _each([math.fsum(step for _, step in skipped) for skipped in owing], newest)
         return total + self._history.past(rows) - self._forecast
 
 
@@ -139,8 +140,9 @@ def lagrange(sigmas: Sequence[float], sigma: float) -> list[float]:
     ]
 
 
-def _each(values: list[float], like: torch.Tensor) -> torch.Tensor | float:
-    """A factor for every sample: one number where they agree."""
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _each(factors: list[float], x: torch.Tensor) -> torch.Tensor:
+    """Every sample of x (B, N, C) times its factor, which is not rounded to x's data type: as one number is not."""
+    if len(set(factors)) == 1:
+        return factors[0] * x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (torch.tensor(factors, dtype=wide, device=x.device).view(-1, 1, 1) * x).to(x.dtype)

@@ -281,10 +281,11 @@ class Modulation:
         if not isinstance(known, torch.Tensor) or any(hasattr(module, "base_layer") for module in embed.modules()):
             return
         known = known.to(timestep.device).to(timestep.dtype) / 1000  # as the pipelines round it
-        found = (known == timestep[0]).nonzero()
-        if not len(found) or not bool((timestep == timestep[0]).all()):
+        found = (known == timestep[0]).flatten().nonzero().flatten().tolist()
+        if not found or not bool((timestep == timestep[0]).all()):
             return
-        table.timesteps = known[int(found[0]) :]
+        here = self._reader.position()  # which of several that rounding made one
+        table.timesteps = known[here if here in found else found[0] :]
         table.guidance = None if guidance is None else guidance.clone()
         steps, batch, dtype = len(table.timesteps), len(pooled), inputs["hidden_states"].dtype
         times = (table.timesteps.to(dtype) * 1000).repeat_interleave(batch)  # as the denoiser's forward has them

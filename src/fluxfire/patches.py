@@ -220,8 +220,12 @@ def applying(pipe: Any, step: Step, reason: str | None) -> Iterator[Handle]:
     start = len(handle.patch)
     try:
         yield handle
-    except BaseException:
-        handle.patch.undo(start)
+    except BaseException as cause:
+        try:
+            handle.patch.undo(start)
+        except UndoError as final:  # the mark stays: whoever restores is told so too
+            cause.add_note(f"{step.name} cannot be taken back: {final}")
+            raise cause from None
         if not handle.steps:
             unmark(handle)
         raise

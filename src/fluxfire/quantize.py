@@ -188,7 +188,7 @@ class Quantization:
                     if isinstance(module, QuantizedLinear) and module in self._ours:
                         original = module.original.layer
                         assert original is not None
-                        original.weight.data = original.weight.data.to(module.numbers.device)
+                        original.weight.data = original.weight.data.to(module.numbers.device, module.dtype)
                         original.bias = module.bias
                         parent._modules[key] = original
         self._ours.clear()
