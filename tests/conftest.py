@@ -24,6 +24,7 @@ PAIR_KNOBS: dict[str, dict[str, Any]] = {
     "quantization": {"weights": "float8"},
     "fused_qkv": {},
     "attention": {"backend": "math"},
+    "fused_kernels": {},
     "compile": {"backend": "eager", "vae": True},
     "static_blocks": {},
     "cache": {"threshold": 0},
@@ -137,6 +138,14 @@ def empty_megacache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has compiled, and none writes to the user's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+
+
+@pytest.fixture(scope="module")
+def kernels_on_cpu() -> Iterator[None]:
+    """The fused kernels' step is taken without a GPU too, in torch's operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fluxfire.fused_kernels.ON_CPU", True)
+        yield
 
 
 @pytest.fixture(params=[FluxPipeline, FluxKontextPipeline], ids=["text-to-image", "kontext"])

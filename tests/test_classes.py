@@ -28,6 +28,7 @@ from fluxfire.blocks import family_of
 from fluxfire.optimize import RECIPES
 from fluxfire.plan import ORDER
 
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 DENOISING = [name for name, case in CASES.items() if case.family != "none"]
 ONE_A_FAMILY = ("FluxKontextPipeline", "Flux2KleinPipeline", "Flux3ModularPipeline")
@@ -187,7 +188,7 @@ def test_a_guider_that_skips_the_first_block_is_computed() -> None:
 
 
 # Of these steps, pairs are tried on the first class; on others by `scripts/test --all`.
-BY_FIRST = {"quantization", "attention", "modulation_table"}
+BY_FIRST = {"quantization", "attention", "fused_kernels", "modulation_table"}
 
 
 def pairs(name: str, *, all_: bool) -> list[str]:
@@ -233,6 +234,7 @@ def _markdown(cells: dict[tuple[str, str], str]) -> str:
         "",
         "- exact: the picture is the baseline's to the bit; within rounding: to a relative error of 1e-5. Approximate",
         "  steps stand here with settings at which they change nothing: the cache never hits, a picture is one tile.",
+        "- fused_kernels is CUDA's alone; here it runs in the operations of torch that its kernels are held against.",
         "- After `restore_pipeline`, the attributes and the picture are what they were, in every cell.",
         "- The cache with an infinite threshold skips all blocks but the first, in all calls but the first of each",
         "  guidance branch (Klein-KV with a reference: but the first two).",

@@ -23,6 +23,7 @@ import fluxfire
 from fluxfire.optimize import RECIPES
 from fluxfire.plan import ORDER
 
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 TABLE = Path(__file__).parent.parent / "docs" / "neighbours.md"
 STEPS = [name for name in ORDER if name != "static_blocks"]  # that is FLUX.3's, these pipelines are FLUX.1
 BIT_IDENTICAL = {"cache", "vae_tiling", "offload"}
@@ -175,6 +176,7 @@ def _markdown() -> str:
         "- exact: the picture is to the bit what the pipeline gave before the step; within rounding: to a relative",
         '  error of 1e-5. Compilation has backend "eager": one graph a kind of block, no graph break.',
         "- The cache is exact where it never hits; with an infinite threshold it then hits in all steps but the first.",
+        "- fused_kernels is CUDA's alone; here it runs in the operations of torch that its kernels are held against.",
         "- After `restore_pipeline` the picture is to the bit what it was, and the neighbour is still there.",
         "- bitsandbytes: diffusers loads with it on GPUs only, so its layers are put in place and quantized here.",
         "",

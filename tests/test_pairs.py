@@ -19,6 +19,7 @@ import fluxfire
 from fluxfire.optimize import RECIPES
 from fluxfire.plan import ORDER
 
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 TABLE = Path(__file__).parent.parent / "docs" / "step-pairs.md"
 CLASSES = (FluxPipeline, FluxKontextPipeline)
 
@@ -58,9 +59,9 @@ def outcome(cls: type, first: tuple[str, dict[str, Any]], second: tuple[str, dic
         fluxfire.apply_quantization(pipe, **alone[0])
         expected, tolerance = draw(pipe), 1e-2  # a rounding error beside it may tip a number into the next 8-bit one
         fluxfire.restore_pipeline(pipe)
-    RECIPES[first[0]].apply(pipe, **first[1])
     try:
-        RECIPES[second[0]].apply(pipe, **second[1])
+        for name, knobs in (first, second):
+            RECIPES[name].apply(pipe, **knobs)
     except fluxfire.StepError as refused:
         return ON_GPU if "found the CPU alone" in str(refused) else str(refused)
     for _ in range(2):
@@ -110,6 +111,7 @@ def _markdown(rows: list[tuple[str, str, str]]) -> str:
         "What happens when the second step is applied after the first, on tiny FLUX.1 text-to-image and Kontext",
         "pipelines (static_blocks: FLUX.3; float32 on a CPU, pictures no larger than a tile, cache at threshold 0).",
         "Beside quantization, which is approximate, the picture is that of quantization alone.",
+        "fused_kernels is CUDA's alone; here it runs in the operations of torch that its kernels are held against.",
         "Steps out of order, or twice, are refused with the order. Written by `tests/test_pairs.py`.",
         "",
         "| first | second | outcome |",

@@ -17,10 +17,12 @@ import fluxfire
 from fluxfire.optimize import RECIPES
 from fluxfire.plan import ORDER
 
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 # Settings to draw from for every step; lossless ones are held to the tolerance.
 KNOBS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "memory_format": st.just({}),
     "fused_qkv": st.just({}),
+    "fused_kernels": st.just({}),
     "quantization": st.fixed_dictionaries({"weights": st.sampled_from(["float8", "float8-after", "int8"])}),
     "modulation_table": st.fixed_dictionaries({"weights": st.sampled_from(["gpu", "cpu"])}),
     "attention": st.fixed_dictionaries({"backend": st.sampled_from(["auto", "native", "flash", "math"])}),

@@ -21,6 +21,7 @@ from fluxfire.errors import (
     UndoError,
 )
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
+from fluxfire.fused_kernels import apply_fused_kernels, check_fused_kernels
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
@@ -63,6 +64,7 @@ __all__ = [
     "apply_attention",
     "apply_cache",
     "apply_compile",
+    "apply_fused_kernels",
     "apply_fused_qkv",
     "apply_memory_format",
     "apply_modulation_table",
@@ -75,6 +77,7 @@ __all__ = [
     "check_attention",
     "check_cache",
     "check_compile",
+    "check_fused_kernels",
     "check_fused_qkv",
     "check_memory_format",
     "check_modulation_table",

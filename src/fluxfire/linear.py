@@ -53,22 +53,36 @@ def product(
     flat = x.reshape(-1, x.shape[-1])
     if kind == "int8-weights":
         out = (flat @ weight.to(x.dtype).t()).float() * scale.t()
+        out = (out if bias is None else out + bias.float()).to(x.dtype)
     else:
         numbers, scales = quantized(flat, kind)
-        numbers = numbers.contiguous()
-        if kind == "float8":
-            out = torch._scaled_mm(
-                numbers, weight.t(), scales, scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
-            )
-            return out.view(*x.shape[:-1], -1)
-        if kind == "float8-after":
-            assert one is not None
-            out = torch._scaled_mm(numbers, weight.t(), one, one, out_dtype=x.dtype, use_fast_accum=True).float()
-        else:
-            out = torch._int_mm(numbers, weight.t()).float()
-        out = out * scales * scale.t()
-    out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+        out = multiplied(kind, numbers.contiguous(), scales, weight, scale, bias, one, x.dtype)
+    return out.view(*x.shape[:-1], -1)
+
+
+def multiplied(
+    kind: str,
+    numbers: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    one: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows quantized already, numbers (R, K) and scales (R, 1), times the weight: (R, N) in `dtype`."""
+    if kind == "float8":
+        return torch._scaled_mm(numbers, weight.t(), scales, scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True)
+    if kind == "float8-after":
+        assert one is not None
+        out = torch._scaled_mm(numbers, weight.t(), one, one, out_dtype=dtype, use_fast_accum=True).float()
+    else:
+        rows = numbers.shape[0]
+        if rows < 17:  # on CUDA the product wants more
+            numbers = nn.functional.pad(numbers, (0, 0, 0, 32 - rows))
+        out = torch._int_mm(numbers, weight.t())[:rows].float()
+    out = out * scales * scale.t()
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 class Original:
@@ -133,8 +147,9 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, kind={self.kind}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves with the model; a cast is for the bias alone."""
+        """Moves with the model; a cast is for the bias, and for the data type in which the original comes back."""
         ours = (self.numbers, self.scale, self.one)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             new = fn(tensor)

@@ -7,6 +7,7 @@ together is data in `plan.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
@@ -15,8 +16,9 @@ from fluxfire.attention import APPROXIMATE, apply_attention, check_attention
 from fluxfire.blocks import family_of
 from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
-from fluxfire.errors import ArgumentError, NotOptimizedError, StepError
+from fluxfire.errors import ArgumentError, NotOptimizedError, StepError, UndoError
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
+from fluxfire.fused_kernels import apply_fused_kernels, check_fused_kernels
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
@@ -41,6 +43,7 @@ RECIPES: Final = {
     "quantization": _Recipe(check_quantization, apply_quantization, "approximate"),
     "fused_qkv": _Recipe(check_fused_qkv, apply_fused_qkv, "lossless"),
     "attention": _Recipe(check_attention, apply_attention, "lossless"),
+    "fused_kernels": _Recipe(check_fused_kernels, apply_fused_kernels, "lossless"),
     "compile": _Recipe(check_compile, apply_compile, "lossless"),
     "static_blocks": _Recipe(check_static_blocks, apply_static_blocks, "lossless"),
     "cache": _Recipe(check_cache, apply_cache, "approximate"),
@@ -60,6 +63,7 @@ def plan_pipeline(
     quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
+    fused_kernels: bool = False,
     memory_format: bool = False,
     modulation: bool | str = False,
     prompts: bool | str = False,
@@ -80,6 +84,7 @@ def plan_pipeline(
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
@@ -112,6 +117,7 @@ def plan_pipeline(
         "fused_qkv": (fuse_qkv, {}),
         "quantization": (quantize is not None, {"weights": quantize}),
         "attention": (attention is not None, {"backend": attention}),
+        "fused_kernels": (fused_kernels, {}),
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
@@ -145,6 +151,7 @@ def optimize_pipeline(
     quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool = False,
+    fused_kernels: bool = False,
     memory_format: bool = False,
     modulation: bool | str = False,
     prompts: bool | str = False,
@@ -168,6 +175,7 @@ def optimize_pipeline(
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
@@ -201,6 +209,7 @@ def optimize_pipeline(
         quantize=quantize,
         static_blocks=static_blocks,
         fuse_qkv=fuse_qkv,
+        fused_kernels=fused_kernels,
         memory_format=memory_format,
         modulation=modulation,
         prompts=prompts,
@@ -217,7 +226,8 @@ def optimize_pipeline(
             RECIPES[step.name].apply(pipe, **dict(step.settings))
     except BaseException:
         if handle_of(pipe):  # a first step that fails takes the mark off itself
-            restore_pipeline(pipe)
+            with suppress(UndoError):  # what cannot be taken back is in the error's notes
+                restore_pipeline(pipe)
         raise
     return pipe
 

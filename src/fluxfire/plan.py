@@ -26,6 +26,7 @@ ORDER: Final = (
     "quantization",  # before fusing: 8-bit layers are fused as such, in one copy
     "fused_qkv",  # before compilation: the graphs hold the fused projection
     "attention",  # before compilation: the graphs hold the kernel
+    "fused_kernels",  # before compilation: the graphs hold the kernels; after quantization, whose layers they feed
     "compile",  # the blocks' own forward, so that no graph holds a later step's decision
     "static_blocks",  # over the compiled blocks, and under the cache: rows of a batch are the cache's to choose
     "cache",  # over the compiled blocks: its decision depends on data and stays outside the graphs

@@ -16,6 +16,7 @@ from typing import Any, Final
 import fluxfire
 from fluxfire.bench import peers
 from fluxfire.errors import ArgumentError
+from fluxfire.kernels import PARTS as KERNELS
 
 _HALF: Final = ", every other step forced to hit"
 
@@ -127,6 +128,8 @@ PARTS: Final[dict[str, Callable[[Any], Any]]] = {
         f"attention-{name}": partial(fluxfire.apply_attention, backend=name)
         for name in ("auto", "cudnn", "flash", "fa3", "fa4", "sage")
     },
+    "kernels": fluxfire.apply_fused_kernels,
+    **{f"kernels-{part}": partial(fluxfire.apply_fused_kernels, parts=(part,)) for part in KERNELS},
     "modulation-gpu": partial(fluxfire.apply_modulation_table, weights="gpu"),
     "modulation-cpu": partial(fluxfire.apply_modulation_table, weights="cpu"),
 }
@@ -159,11 +162,13 @@ def _stack(name: str, *parts: str, flag: str = "", half: bool = False, group: st
 
 
 _LOSSLESS: Final = ("fused", "attention-auto", "modulation-gpu")
+_KERNELS: Final = ("fused", "kernels", "modulation-gpu")
 
 
 def _stacks() -> list[Variant]:
     """Each step alone on compiled blocks, then all of them; in float8 too, and that with one thing more or other."""
-    made = [_stack(part, part) for part in PARTS if part not in ("int8-weights", "attention-sage", "attention-fa3")]
+    more = ("int8-weights", "attention-sage", "attention-fa3", *(f"kernels-{part}" for part in KERNELS))
+    made = [_stack(part, part) for part in PARTS if part not in more]
     made += [_stack(part, part, group="speed-more") for part in ("int8-weights", "attention-sage", "attention-fa3")]
     made += [
         _stack("lossless-all", *_LOSSLESS),
@@ -176,6 +181,19 @@ def _stacks() -> list[Variant]:
         _stack("float8-all-half", "float8", *_LOSSLESS, half=True),
         _stack("float8-after-all-half", "float8-after", *_LOSSLESS, half=True),
     ]
+    made += [
+        _stack("lossless-all+kernels", *_KERNELS),
+        _stack("float8-all+kernels", "float8", *_KERNELS),
+        _stack("float8-after-all+kernels", "float8-after", *_KERNELS),
+        _stack("float8-small+kernels", "float8", "fused", "kernels", "modulation-cpu"),
+        _stack("float8-all+kernels-half", "float8", *_KERNELS, half=True),
+    ]
+    for part in KERNELS:  # one part of the kernels alone, on everything else
+        for kind in ("lossless", "float8"):
+            if (kind, part) not in (("lossless", "quantize"), ("float8", "gelu")):
+                before = () if kind == "lossless" else (kind,)
+                parts = (*before, "fused", f"kernels-{part}", "modulation-gpu")
+                made.append(_stack(f"{kind}-all+{part}", *parts, flag=part, group="kernels"))
     for flag in REDUCTIONS:
         for kind in ("float8", "float8-after"):
             made.append(_stack(f"{kind}-all+{flag}", kind, *_LOSSLESS, flag=flag, group="float8-ablation"))
@@ -235,7 +253,7 @@ GROUPS: Final = {
     "default": tuple(name for name, variant in VARIANTS.items() if variant.group == "peers" and not variant.isolated),
     **{
         group: tuple(name for name, variant in VARIANTS.items() if variant.group == group)
-        for group in ("peers", "speed", "speed-more", "float8-ablation", "ablation", "ablation-stack")
+        for group in ("peers", "speed", "speed-more", "kernels", "float8-ablation", "ablation", "ablation-stack")
     },
 }
 

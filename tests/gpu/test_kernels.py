@@ -1,0 +1,178 @@
+"""The fused kernels on a GPU: their numbers at full width against torch's operations, and the step in a pipeline.
+
+Asserted are exactness and counts; times are `benchmarks/kernels.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_full_size import full_size, run
+
+import fluxfire
+from fluxfire import kernels
+from fluxfire.fused_kernels import FusedKernelsStats
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("default"),
+]
+HEADS, SIZE = 24, 128
+DIM = HEADS * SIZE
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def floats(value: Any) -> torch.Tensor:
+    """Rows of float8 with their scales, or a tensor as it is."""
+    return value if isinstance(value, torch.Tensor) else value[0].float().flatten(0, 1) * value[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators() -> None:
+    import fluxfire.triton_kernels  # noqa: F401
+
+
+def modes(function: Any) -> list[Any]:
+    """As it is, and compiled."""
+    torch._dynamo.reset()
+    return [function, torch.compile(function, fullgraph=True, dynamic=True)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("float8", [False, True])
+@torch.no_grad()
+def test_norm(batch: int, float8: bool) -> None:
+    x, text, out = random(batch, 1001, DIM), random(batch, 77, DIM, seed=1), random(batch, 1001, DIM, seed=2)
+    shift, scale, gate = (random(batch, 6 * DIM)[:, i * DIM : (i + 1) * DIM] for i in range(3))
+    for more in ({}, {"text": text}, {"out": out, "gate": gate}):
+        wanted_new, wanted = kernels.plain_norm(x, scale, shift, 1e-6, float8=float8, **more)
+        for call in modes(kernels.norm):
+            new, y = call(x, scale, shift, 1e-6, float8=float8, **more)
+            assert torch.equal(new, wanted_new) or relative(new, wanted_new) < 1e-3
+            assert relative(floats(y), floats(wanted)) < (5e-3 if float8 else 1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_norm_rope(batch: int) -> None:
+    def three(tokens: int) -> Any:
+        return tuple(x.unflatten(-1, (HEADS, SIZE)) for x in random(batch, tokens, 3 * DIM).chunk(3, dim=-1))
+
+    weights, text_weights = (random(SIZE), random(SIZE, seed=1)), (random(SIZE, seed=2), random(SIZE, seed=3))
+    for text in (0, 77):
+        rotary = tuple(random(text + 1001, SIZE, seed=seed).float() for seed in (4, 5))
+        more = (three(text), text_weights) if text else (None, None)
+        wanted = kernels.plain_norm_rope(three(1001), weights, rotary, 1e-6, *more)
+        for call in modes(kernels.norm_rope):
+            got = call(three(1001), weights, rotary, 1e-6, *more)
+            assert [x.shape for x in got] == [x.shape for x in wanted]
+            assert max(map(relative, got, wanted)) < 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_quantize(batch: int) -> None:
+    x, mlp = random(batch, 1078, DIM), 3 * random(batch, 1001, 4 * DIM)
+    whole = 3 * random(batch, 1078, 4 * DIM)
+    for arguments in ((x, None, 77, 1001), (None, mlp, 0, 1001), (x, whole, 0, 1078)):
+        wanted = kernels.plain_quantize(*arguments[:2], start=arguments[2], length=arguments[3])
+        for call in modes(lambda x, mlp, start, n: kernels.quantize(x, mlp, start=start, length=n)):
+            numbers, scales = call(*arguments)
+            assert relative(scales, wanted[1]) < 1e-4
+            assert relative(floats((numbers, scales)), floats(wanted)) < 5e-3
+
+
+@torch.no_grad()
+def test_gelu_in_the_product() -> None:
+    layer = torch.nn.Linear(DIM, 4 * DIM, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    x = random(2, 1001, DIM)
+    exact = torch.nn.functional.gelu(x.float() @ layer.weight.t().float() + layer.bias.float(), approximate="tanh")
+    for call in modes(kernels.linear_gelu):
+        assert relative(call(x, layer), exact) < 1.1 * relative(kernels.plain_linear_gelu(x, layer), exact)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return full_size()
+
+
+@pytest.fixture(scope="module")
+def baseline(pipe: Any) -> torch.Tensor:
+    return run(pipe)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_step_at_full_size(pipe: Any, baseline: torch.Tensor, quantized: bool, compiled: bool) -> None:
+    torch._dynamo.reset()
+    if quantized:
+        fluxfire.apply_quantization(pipe)
+    fluxfire.apply_fused_qkv(pipe)
+    before = run(pipe)
+    fluxfire.apply_fused_kernels(pipe)
+    if compiled:
+        fluxfire.apply_compile(pipe, megacache=None)
+    out = run(pipe)
+    print(quantized, compiled, relative(out, before), relative(before, baseline), relative(out, baseline))
+    assert relative(out, before) < 0.05
+    assert dict(fluxfire.report(pipe).other)["fused_kernels"] == FusedKernelsStats(fused=57, plain=0, reason="")
+    graphs = fluxfire.report(pipe).compile
+    assert graphs is None or (graphs.graphs, graphs.graph_breaks) == (2, 0)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
+SECOND = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch, fluxfire
+from test_full_size import run
+from test_kernels import shallow
+pipe = shallow()
+fluxfire.apply_quantization(pipe)
+fluxfire.apply_fused_qkv(pipe)
+fluxfire.apply_fused_kernels(pipe)
+fluxfire.apply_compile(pipe, megacache={store!r})
+fluxfire.apply_modulation_table(pipe)
+out = run(pipe, (512, 512), steps=2)
+told = fluxfire.report(pipe).other
+told = dict(told)["megacache"]
+print(json.dumps({{"sum": out.float().norm().item(), "hits": told.hits, "kept": told.kept, "why": str(told.reasons)}}))
+"""
+
+
+def shallow() -> Any:
+    """The full width with one block of each kind."""
+    pipe = full_size()
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
+    pipe.transformer.single_transformer_blocks = pipe.transformer.single_transformer_blocks[:1]
+    torch.cuda.empty_cache()
+    return pipe
+
+
+def test_a_second_process_finds_the_graphs(pipe: Any, tmp_path: Path) -> None:
+    code = SECOND.format(tests=str(Path(__file__).parent), store=str(tmp_path))
+    lines = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines.append(json.loads(done.stdout.splitlines()[-1]))
+    print(lines)
+    assert lines[0]["kept"] == 2 and lines[1]["hits"] == 2, lines
+    assert abs(lines[0]["sum"] - lines[1]["sum"]) < 1e-3 * lines[0]["sum"]

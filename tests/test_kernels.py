@@ -1,0 +1,227 @@
+"""The fused kernels: diffusers' pictures, its own forward where something is not written out, nothing left behind.
+
+On a CPU the step runs in those operations of torch that the kernels are held against (`tests/gpu/test_kernels.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import classes
+import pytest
+import torch
+from conftest import attributes, make_pipe, run
+from diffusers import FluxPipeline
+from diffusers.models.transformers import transformer_flux
+from torch.overrides import TorchFunctionMode
+
+import fluxfire
+from fluxfire import fused_blocks, fused_kernels, kernels
+from fluxfire.fused_kernels import FusedKernelsStats, apply_fused_kernels, check_fused_kernels
+
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
+BLOCKS = 4
+ALL = FusedKernelsStats(fused=BLOCKS, plain=0, reason="")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def told(pipe: Any) -> FusedKernelsStats:
+    stats = dict(fluxfire.report(pipe).other)["fused_kernels"]
+    assert isinstance(stats, FusedKernelsStats)
+    return stats
+
+
+def blocks(pipe: Any) -> list[Any]:
+    return [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_pictures_are_the_same_within_rounding_and_restored_to_the_bit(pipe: Any, fused: bool) -> None:
+    baseline, before, kinds = run(pipe, batch=2), attributes(pipe), [type(block) for block in blocks(pipe)]
+    if fused:
+        fluxfire.apply_fused_qkv(pipe)
+    assert apply_fused_kernels(pipe) is pipe
+    assert 0 < relative(run(pipe, batch=2), baseline) <= 1e-5 and told(pipe) == ALL
+    assert {type(block) for block in blocks(pipe)} == {fused_blocks.FusedBlock, fused_blocks.FusedSingleBlock}
+    fluxfire.restore_pipeline(pipe)
+    after = attributes(pipe)
+    assert [type(block) for block in blocks(pipe)] == kinds
+    assert {k: v for k, v in after.items() if k[0][:4] in ("tran", "vae.")} == {
+        k: v for k, v in before.items() if k[0][:4] in ("tran", "vae.")
+    }
+    assert torch.equal(run(pipe, batch=2), baseline)
+
+
+@pytest.mark.parametrize("kind", ["float8", "float8-after", "int8"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_beside_quantization_it_is_quantization(kind: str, fused: bool) -> None:
+    pipe = make_pipe(FluxPipeline)
+    fluxfire.apply_quantization(pipe, kind)
+    quantized = run(pipe)
+    if fused:
+        fluxfire.apply_fused_qkv(pipe)
+    apply_fused_kernels(pipe)
+    # A rounding error beside it may tip a number into the next 8-bit one.
+    assert relative(run(pipe), quantized) <= 1e-2 and told(pipe) == ALL
+    assert blocks(pipe)[0].float8 is (kind != "int8")
+
+
+@pytest.mark.parametrize("part", kernels.PARTS)
+def test_each_part_alone_is_exact(part: str) -> None:
+    pipe = make_pipe(FluxPipeline)
+    baseline = run(pipe)
+    apply_fused_kernels(pipe, parts=(part,))
+    assert relative(run(pipe), baseline) <= 1e-5
+
+
+class Made(TorchFunctionMode):
+    """Counts joined tensors and products of linear layers."""
+
+    joined = products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.joined += func is torch.cat
+        self.products += func is torch.nn.functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_single_block_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But inside of what a kernel does: text and image tokens, attention and MLP are read where they are."""
+    pipe = make_pipe(FluxPipeline)
+    apply_fused_kernels(pipe)
+
+    def apart(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("norm", "norm_rope", "quantize", "linear_gelu"):
+        monkeypatch.setattr(kernels, name, apart(getattr(kernels, name)))
+    block = pipe.transformer.single_transformer_blocks[0]
+    tokens = (torch.randn(1, 5, 32), torch.randn(1, 3, 32), torch.randn(1, 32))
+    with Made() as made:
+        block(*tokens, (torch.randn(8, 16), torch.randn(8, 16)))
+    assert (made.joined, made.products) == (0, 1 + 3 + 2)  # modulation; q, k, v; the output's in two halves
+
+
+@torch.no_grad()
+def test_what_is_not_written_out_goes_to_diffusers_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make_pipe(FluxPipeline)
+    apply_fused_kernels(pipe)
+    counted = {"_double": 0, "_single": 0}
+    for name in counted:
+
+        def count(*args: Any, name: str, forward: Any) -> Any:
+            counted[name] += 1
+            return forward(*args)
+
+        whole = functools.partial(count, name=name, forward=getattr(fused_blocks, name))
+        monkeypatch.setattr(fused_blocks, name, whole)
+    rotary = (torch.randn(8, 16), torch.randn(8, 16))
+    for name, block in (("_double", blocks(pipe)[0]), ("_single", blocks(pipe)[-1])):
+        tokens = (torch.randn(1, 5, 32), torch.randn(1, 3, 32), torch.randn(1, 32))
+        block(*tokens, rotary, {})
+        assert counted[name] == 0
+        block(*tokens, None)
+        block(*tokens, rotary, {"attention_mask": None})
+        block.to(torch.float64)(*(x.double() for x in tokens), rotary)
+        block.to(torch.float32)
+        with torch.enable_grad():
+            assert block(*tokens, rotary)[1].requires_grad
+        assert counted[name] == 4
+
+
+def _lora(pipe: Any) -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(3)
+    key = "transformer.single_transformer_blocks.1.proj_mlp"
+    a, b = torch.randn(2, 32, generator=generator), torch.randn(128, 2, generator=generator)
+    pipe.load_lora_weights({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
+    return pipe.unload_lora_weights  # type: ignore[no-any-return]
+
+
+def _hook(pipe: Any) -> Callable[[], Any]:
+    module = pipe.transformer.single_transformer_blocks[1].norm
+    return module.register_forward_hook(lambda _, args, out: (out[0] * 2, out[1])).remove
+
+
+def _processor(pipe: Any) -> Callable[[], Any]:
+    class Own(transformer_flux.FluxAttnProcessor):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().__call__(*args, **kwargs)
+
+    attention = pipe.transformer.single_transformer_blocks[1].attn
+    before = attention.processor
+    attention.set_processor(Own())
+    return lambda: attention.set_processor(before)
+
+
+@pytest.mark.parametrize("change", [_lora, _hook, _processor])
+def test_a_block_that_is_changed_runs_as_it_is_and_is_fused_again(change: Callable[[Any], Any]) -> None:
+    pipe = make_pipe(FluxPipeline)
+    baseline, back = run(pipe), change(pipe)
+    changed = run(pipe)
+    back()
+    apply_fused_kernels(pipe)
+    fluxfire.apply_compile(pipe, backend="eager", megacache=None)
+    fused = run(pipe)
+    back = change(pipe)
+    assert relative(run(pipe), changed) <= 1e-5 < relative(changed, baseline)
+    assert (told(pipe).fused, told(pipe).plain) == (BLOCKS - 1, 1) and "needed" in told(pipe).reason
+    back()
+    assert torch.equal(run(pipe), fused) and told(pipe) == ALL
+
+
+@pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxControlNetPipeline", "FluxKontextInpaintPipeline"])
+def test_beside_everything_compiled_and_cached(name: str) -> None:
+    pipe = classes.make(name)
+    baseline = classes.run(pipe)
+    fluxfire.optimize_pipeline(
+        pipe, cache_threshold=0, compile=False, fuse_qkv=True, fused_kernels=True, modulation=True, attention="math"
+    )
+    assert relative(classes.run(pipe), baseline) <= 1e-5 and told(pipe).plain == 0
+
+
+def test_ahead_of_time_a_second_pipeline_finds_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxfire import megacache
+
+    pipe = make_pipe(FluxPipeline)
+    baseline = run(pipe)
+    for misses in (2, 0):
+        monkeypatch.setattr(megacache, "_OPEN", {})  # as a new process
+        apply_fused_kernels(pipe)
+        fluxfire.apply_compile(pipe, megacache=tmp_path)
+        fluxfire.apply_modulation_table(pipe)
+        assert relative(run(pipe), baseline) <= 1e-5
+        found = dict(fluxfire.report(pipe).other)["megacache"]
+        assert (found.misses, found.hits, found.traced) == (misses, 2 - misses, 0), found.reasons
+        fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
+def test_where_it_cannot_be_applied_it_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "needed FLUX.1" in str(check_fused_kernels(classes.make("Flux2KleinPipeline")))
+    with pytest.raises(fluxfire.ArgumentError, match="needed some of 'norm'"):
+        check_fused_kernels(pipe, parts=("gelu", "tea"))
+    linear = torch.nn.Linear(32, 128)
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    first = pipe.transformer.single_transformer_blocks[0]
+    first.proj_mlp, kept = linear, first.proj_mlp
+    with pytest.raises(fluxfire.StepError, match="found proj_mlp of a block as Linear"):
+        apply_fused_kernels(pipe)
+    first.proj_mlp = kept
+    pipe.transformer.to(torch.float16)
+    assert "needed torch.bfloat16" in str(check_fused_kernels(pipe))
+    pipe.transformer.to(torch.float32)
+    monkeypatch.setattr(fused_kernels, "ON_CPU", False)
+    assert "found the denoiser on a cpu, needed a CUDA GPU" in str(check_fused_kernels(pipe))
+    plan = fluxfire.plan_pipeline(pipe, compile=False, cache_threshold=None, fused_kernels=True)
+    assert [skip.name for skip in plan.skips] == ["fused_kernels"] and not plan.steps
