@@ -16,6 +16,7 @@ import pytest
 from serving import WAIT_S, Served, ask, lines, metric, open_picture, png, wait_until
 
 import fluxfire
+from fluxfire.serve import stream
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
@@ -157,7 +158,8 @@ def test_picture_and_baseline_stand_side_by_side_with_their_figures(page: Seen, 
         assert open_picture((tmp_path / name).read_bytes()).size == (128, 128)
 
 
-def test_steps_and_previews_are_shown_as_they_come(page: Seen):
+def test_steps_and_previews_are_shown_as_they_come(page: Seen, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stream, "QUIET_S", 0.001)  # comments between all events
     shown = page.record("#told, #after")
     page["#compare"].uncheck()
     page.make("teapot", steps=6, width=32, height=32)
