@@ -65,12 +65,11 @@ def _make(name: str, *, float8: bool = False) -> Model:
         text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=_words(), tokenizer_2=_words()
     )
     built = time.time()
-    fluxfire.apply_memory_format(pipe)
     if float8:
         fluxfire.apply_quantization(pipe, "float8", keep_original=None)
-        fluxfire.apply_fused_qkv(pipe)
+    fluxfire.apply_fused_qkv(pipe)
     if device.type == "cuda":
-        fluxfire.apply_attention(pipe)
+        fluxfire.apply_fused_kernels(pipe)
         fluxfire.apply_compile(pipe, megacache=None)
     fluxfire.apply_cache(pipe, HIT_ANYWAY, max_consecutive_hits=1)
     took = {"imports_s": imported - psutil.Process().create_time(), "weights_s": built - begin}

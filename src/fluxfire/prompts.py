@@ -7,6 +7,7 @@ seeds, an edit of many pictures and a server's favourites run no encoder at all.
 With encoders="cpu" their weights are on the accelerator only while they run: 9 GiB less for the rest of a picture, and
 what a new prompt costs is their way over the bus. It is `apply_offload(pipe, "model")` for those parts alone; the
 denoiser stays where it is. Their forward brings them, so pipelines that share the encoders work as before.
+The weights are the same to the bit; on a GPU the outputs may differ by roundings (docs/steps/prompts.md).
 
 Remembered is by all that `encode_prompt` is given. Whatever could change the numbers forgets all: other encoders, other
 weights (`load_lora_weights`, `fuse_lora`, `.to(dtype)`: each has a parameter or a version of one that is new). Tensors
