@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,12 @@ class Server:
         wait_until(lambda: self._ended() or (out.exists() and out.read_text().endswith("\n")))
         self.url = json.loads(out.read_text())["url"]
         self.http = httpx2.Client(base_url=self.url, timeout=WAIT_S, headers={"Authorization": f"Bearer {KEY}"})
-        wait_until(lambda: self._ended() or self.http.get("/readyz").status_code == 200)
-        self.process = psutil.Process(self._process.pid)
-        return self
+        with suppress(httpx2.TransportError):  # it may end between two questions
+            wait_until(lambda: self._ended() or self.http.get("/readyz").status_code == 200)
+            self.process = psutil.Process(self._process.pid)
+            return self
+        self._process.join(WAIT_S)
+        raise RuntimeError(self.log())
 
     def _ended(self) -> bool:
         assert self._process.exitcode is None, self.log()
