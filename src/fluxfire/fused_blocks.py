@@ -1,6 +1,6 @@
 """FLUX.1's two kinds of blocks written out in the operations of `kernels.py`; the step is `fused_kernels.py`.
 
-The classes have the modules and weights of diffusers' and no state but two attributes, which the step sets: a block
+The classes have the modules and weights of diffusers' and no state but some attributes that the step sets: a block
 becomes one by its `__class__`. What a block is called with that is not written out here (no rotation, arguments for
 attention processors, float16, gradients) goes to diffusers' own forward, as does a block that is `plain`.
 

@@ -75,9 +75,12 @@ def check_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> str | N
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     if family.name != "FLUX.1":
         return f"found {family.name}, whose blocks are others, needed FLUX.1: leave fused_kernels out"
-    device = denoiser.x_embedder.weight.device.type
-    if not ON_CPU and device != "cuda":
-        return f"found the denoiser on a {device}, needed a CUDA GPU: pipe.to('cuda') first"
+    device = denoiser.x_embedder.weight.device
+    if not ON_CPU and device.type != "cuda":
+        return f"found the denoiser on a {device.type}, needed a CUDA GPU: pipe.to('cuda') first"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        gpu = torch.cuda.get_device_name(device)
+        return f"found a {gpu}, needed an NVIDIA GPU of compute capability 8.0 or more: leave fused_kernels out"
     if not ON_CPU and not find_spec("triton"):
         return "found no Triton, needed for the kernels: pip install triton"
     dtype = denoiser.x_embedder.weight.dtype

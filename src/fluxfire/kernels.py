@@ -41,9 +41,10 @@ def norm(
     gate: Tensor | None = None,
     float8: bool = False,
 ) -> tuple[Tensor, Tensor | Rows]:
-    """X + gate * out, and LayerNorm(that) * (1 + scale) + shift, as it is or quantized."""
+    """The sum x + gate * out, and LayerNorm(that) * (1 + scale) + shift, as it is or quantized."""
     if not x.is_cuda:
         return plain_norm(x, scale, shift, eps, text=text, out=out, gate=gate, float8=float8)
+    x, text = x.contiguous(), None if text is None else text.contiguous()  # views, behind a block of diffusers
     new, y, scales = torch.ops.fluxfire.norm(text, x, out, gate, scale, shift, eps, float8)
     return x if out is None else new, (y, scales) if float8 else y
 
@@ -79,7 +80,7 @@ def norm_rope(
     """RMSNorm and rotation of q and k; text's tokens before the image's: each (B, T + L, H, D)."""
     if not qkv[0].is_cuda:
         return plain_norm_rope(qkv, weights, rotary, eps, text, text_weights)
-    more = text or (None, None, None)
+    more, rotary = text or (None, None, None), (rotary[0].contiguous(), rotary[1].contiguous())
     q, k, v = torch.ops.fluxfire.norm_rope(*qkv, *more, *weights, *(text_weights or (None, None)), *rotary, eps)
     return q, k, qkv[2] if text is None else v
 
@@ -116,6 +117,7 @@ def quantize(x: Tensor | None, mlp: Tensor | None = None, *, start: int = 0, len
     length = given.shape[1] if length is None else length
     if not given.is_cuda:
         return plain_quantize(x, mlp, start=start, length=length)
+    x, mlp = (None if part is None else part.contiguous() for part in (x, mlp))
     return torch.ops.fluxfire.quantize(x, mlp, start, length)  # type: ignore[no-any-return]
 
 

@@ -68,6 +68,18 @@ def test_norm(batch: int, float8: bool) -> None:
             assert relative(floats(y), floats(wanted)) < (5e-3 if float8 else 1e-3)
 
 
+@torch.no_grad()
+def test_views_are_read_as_what_they_are() -> None:
+    """As diffusers' single blocks give them: text and image tokens of one tensor."""
+    whole, mod = random(2, 1078, DIM), random(2, 3 * DIM)
+    shift, scale = mod[:, :DIM], mod[:, DIM : 2 * DIM]
+    x, text = whole[:, 77:], whole[:, :77]
+    wanted = kernels.plain_norm(x, scale, shift, 1e-6, text=text)[1]
+    for call in modes(kernels.norm):
+        assert relative(call(x, scale, shift, 1e-6, text=text)[1], wanted) < 1e-3
+    assert relative(floats(kernels.quantize(x)), floats(kernels.plain_quantize(x))) < 5e-3
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_norm_rope(batch: int) -> None:
