@@ -36,6 +36,8 @@ def warm(
 
     if not re.fullmatch(r"\d+(,\d+)*", batch):
         raise typer.BadParameter(f"found {batch!r}, needed numbers such as 1,4", param_hint="--batch")
+    if not re.fullmatch(r"(\d+x\d+(,\d+x\d+)*)?", sizes):
+        raise typer.BadParameter(f"found {sizes!r}, needed such as 1024x1024,832x1216", param_hint="--sizes")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
     with console.status("Loading"):
