@@ -136,17 +136,18 @@ def plot(work: Work, steps: int, path: Path) -> None:
     for axis, kind in zip(axes, KINDS, strict=True):
         found = rows(work, kind, steps)
         for index, name in enumerate(METHODS):
-            some = sorted((r for r in found if r["method"] == name), key=lambda r: r["saved"].mean())
-            if not some:
-                continue
+            some = [r for r in found if r["method"] == name] + always(work, kind, steps, (name,))
             if few := fewest(work, kind, steps) if name == "fluxfire" else None:
                 some += [r for r in [row(work, name, few, kind, steps)] if r]
+            some = sorted((r for r in some if len(r["saved"])), key=lambda r: r["saved"].mean())
+            if not some or name == "another seed":
+                continue
             x, y = [100 * r["saved"].mean() for r in some], np.array([r["psnr"].mean() for r in some])
             spread = np.abs(np.array([interval(r["psnr"]) for r in some]).T - y)
-            ours = some[0]["ours"]
+            ours = name == "fluxfire"
             axis.errorbar(
                 x, y, spread, label=name, marker="o" if ours else "s", ms=7 if ours else 4, lw=2.5 if ours else 1,
-                capsize=2, color="black" if ours else f"C{index % 10}",
+                capsize=2, color="black" if ours else "gray" if some[0]["ours"] else f"C{index % 10}",
             )  # fmt: skip
         axis.set(
             title=f"{TITLES[kind]}, {steps} steps", xlabel="denoiser calls saved, %", ylabel="PSNR to uncached, dB"
