@@ -147,7 +147,8 @@ def plot(work: Work, steps: int, path: Path) -> None:
             ours = name == "fluxfire"
             axis.errorbar(
                 x, y, spread, label=name, marker="o" if ours else "s", ms=7 if ours else 4, lw=2.5 if ours else 1,
-                capsize=2, color="black" if ours else "gray" if some[0]["ours"] else f"C{index % 10}",
+                capsize=2, color="black" if some[0]["ours"] else f"C{index}" if index < 10 else "navy",
+                ls="-" if ours else "--" if some[0]["ours"] else None,
             )  # fmt: skip
         axis.set(
             title=f"{TITLES[kind]}, {steps} steps", xlabel="denoiser calls saved, %", ylabel="PSNR to uncached, dB"
