@@ -6,7 +6,7 @@ In README.md and docs, `134.9<!--t2i-1024 fluxfire ms_computed .1f-->` is a figu
 format. It is written anew from the newest such row of FIGURE_OF, batch 1, 28 steps.
 
 Rows of one workload, batch and number of steps on one kind of GPU come together in one table, whichever run they are
-of, the newest of each variant; each row's ratios are to the eager row and to the limit of its own process.
+of, the newest of each variant; each row's ratio to eager is of its own process, that to the limit of the fastest limit.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ After a first call and a warm-up run, whole pictures are made stage by stage, fr
 - *ms a computed / cached step*: of the whole batch, median over all steps but each run's first, by events on the GPU;
   p10 and p90 beside it. *s a picture*: all stages, divided by the batch.
 - *x eager*: eager diffusers' denoising time over this row's, both measured in one process. *x limit*: a computed step
-  over what this GPU could do: the step's matrix products and attention at the rates measured in the same process, plus
-  the bytes that must move between them at the measured copy rate (`src/fluxfire/bench/limits.py` counts them).
+  over what this GPU could do: the step's matrix products and attention at the fastest rates of all runs here, plus the
+  bytes that must move between them at the measured copy rate (`src/fluxfire/bench/limits.py` counts them).
 - *first call s*: the first run of one step, compilation included. *resident* and *peak GiB*: what tensors hold.
 - *error to float32*: norm of the difference of one denoiser call over the norm, at reduced depth (2 double and 4 single
   blocks of full width), so that the float32 model fits beside. Eager bfloat16 has one too: compare with that.
@@ -120,16 +120,24 @@ def is_ablation(row: results.Row) -> bool:
 def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
     """Rows that belong into one table: same GPU, workload, batch and steps. One row a variant: the newest.
 
-    Of limits the first, and eager rows of other processes only where there is none of a main process.
+    Of limits the fastest, which all rows are compared with; eager rows of other processes only where there is none of a
+    main process.
     """
     tables: dict[tuple[Any, ...], dict[str, results.Row]] = {}
     for run, row in found:
         if row["workload"] in TITLES:
             rows = tables.setdefault((run["gpu"], row["workload"], row["batch"], row["steps"]), {})
-            if row["variant"] not in rows or (row["variant"] != "limit" and not row["beside"]):
+            slower = (
+                row["variant"] == "limit" and "limit" in rows and row["ms_computed"] >= rows["limit"]["ms_computed"]
+            )
+            if row["variant"] not in rows or not (slower or row["beside"]):
                 marks = {"host": bound_by_host(row), "guidance": run.get("guidance", 3.5)}
                 encoded = row["encode_s"] if row["workload"].startswith("kontext") else None
                 rows[row["variant"]] = row | marks | {"encode_s": encoded}
+    for rows in tables.values():
+        for name, row in rows.items():
+            if "limit" in rows and name != "limit" and row["ms_computed"]:
+                row["ratio_to_limit"] = row["ms_computed"] / rows["limit"]["ms_computed"]
     order = list(TITLES)
     ordered = sorted(tables.items(), key=lambda item: (item[0][0], order.index(item[0][1]), *item[0][2:]))
     return {name: list(rows.values()) for name, rows in ordered}

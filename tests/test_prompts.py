@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import fluxfire
 from fluxfire import demo, prompts
@@ -113,12 +116,45 @@ def test_other_weights_or_encoders_forget(pipe: Any) -> None:
     assert counts(pipe) == (0, 4, 1)
 
 
+def test_a_lora_in_an_encoder_is_never_missed(pipe: Any) -> None:
+    fluxfire.apply_prompts(pipe)
+    plain = encode(pipe)
+    encoder = pipe.text_encoder
+    encoder.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    first = encode(pipe)
+    assert not same(first, plain)
+    layers = [module for module in encoder.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.set_scale("default", 0.3)  # writes no tensor
+    assert not same(encode(pipe), first)
+    encoder.disable_adapters()
+    assert same(encode(pipe), plain)
+    encoder.enable_adapters()
+    assert counts(pipe) == (0, 1, 0)
+
+
+def test_a_lora_that_is_fused_between_two_prompts_forgets(pipe: Any) -> None:
+    fluxfire.apply_prompts(pipe)
+    plain, encoder = encode(pipe), pipe.text_encoder
+    encoder.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    versions = [p._version for p in encoder.parameters()]
+    for module in encoder.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    assert [p._version for p in encoder.parameters()] == versions  # which is why numbers are compared
+    recurse_remove_peft_layers(encoder)
+    assert not same(encode(pipe), plain)
+    assert counts(pipe) == (0, 2, 1)
+
+
 def test_gradients_training_and_tensors_pass_by(pipe: Any) -> None:
     fluxfire.apply_prompts(pipe)
     pipe.encode_prompt(TEAPOT, max_sequence_length=24)  # with gradients
     pipe.text_encoder.train()
     encode(pipe)
     pipe.text_encoder.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        encode(pipe)
     made = encode(pipe)
     encode(pipe, None, prompt_embeds=made[0], pooled_prompt_embeds=made[1])
     assert counts(pipe) == (0, 1, 1)
@@ -155,6 +191,28 @@ def test_encoders_wait_in_host_memory_and_come_when_they_run(pipe: Any) -> None:
     assert same(encode(pipe), plain)
     assert stats(pipe).brought == 2  # remembered
     assert len(places) == 1
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_an_adapter_brings_travels_with_the_weights(pipe: Any) -> None:
+    fluxfire.apply_prompts(pipe, encoders="cpu")
+    pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    seen: list[set[int]] = []
+    layer = next(module for module in pipe.text_encoder.modules() if hasattr(module, "base_layer"))
+    layer.register_forward_pre_hook(lambda *_: seen.append({p.data_ptr() for p in layer.parameters()}))
+    host = {p.data_ptr() for p in layer.parameters()}
+    with_adapter = encode(pipe)
+    assert len(seen) == 1 and {p.data_ptr() for p in layer.parameters()} == host
+    fluxfire.restore_pipeline(pipe)
+    assert same(encode(pipe), with_adapter)
+
+
+def test_encoders_wait_for_one_pipeline(pipe: Any) -> None:
+    other = type(pipe)(**pipe.components)
+    fluxfire.apply_prompts(pipe, encoders="cpu")
+    other.transformer = make_pipe().transformer
+    assert "waits already" in str(fluxfire.check_prompts(other, encoders="cpu"))
+    assert fluxfire.check_prompts(other) is None
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -9,9 +9,10 @@ what a new prompt costs is their way over the bus. It is `apply_offload(pipe, "m
 denoiser stays where it is. Their forward brings them, so pipelines that share the encoders work as before.
 The weights are the same to the bit; on a GPU the outputs may differ by roundings (docs/steps/prompts.md).
 
-Remembered is by all that `encode_prompt` is given. Whatever could change the numbers forgets all: other encoders, other
-weights (`load_lora_weights`, `fuse_lora`, `.to(dtype)`: each has a parameter or a version of one that is new). Tensors
-among the arguments (prompt embeddings of one's own), gradients and training mode pass by.
+Remembered is by all that `encode_prompt` is given, the device, and FLUX.2's system message. Other encoders, tokenizers
+and weights forget all: 32 numbers of each weight are compared, since peft fuses a LoRA without a trace in torch's
+versions. While an adapter is in an encoder nothing is remembered; tensors among the arguments (prompt embeddings of
+one's own), gradients, autocast and training mode pass by.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -69,6 +71,10 @@ def check_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> st
     for name, encoder in found.items() if encoders == "cpu" else ():
         if hook := offload_hook(encoder):
             return f'found {name} offloaded already ({hook}): encoders="stay"'
+        if isinstance(around := getattr(vars(encoder).get("forward"), "around", None), MethodType) and isinstance(
+            around.__self__, Waiting
+        ):
+            return f'found that {name} waits already, for another pipeline: encoders="stay"'
         if any(type(p) is not nn.Parameter for p in encoder.parameters()):
             return f'found {name} quantized, whose weights move in a way of their own: encoders="stay"'
         if next((part for part in pipe.components.values() if isinstance(part, nn.Module)), None) is encoder:
@@ -159,59 +165,76 @@ class Prompts:
     def _key(self, encode: Callable[..., Any], args: Any, kwargs: Any) -> object:
         """All arguments as one plain value; None where a call is not to be remembered."""
         encoders = _encoders(self._pipe).values()
-        if not self._entries or torch.is_grad_enabled() or any(encoder.training for encoder in encoders):
+        if not self._entries or torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return None
+        if any(encoder.training for encoder in encoders):
+            return None
+        if any(hasattr(module, "base_layer") for encoder in encoders for module in encoder.modules()):
+            with self._lock:
+                self._kept.clear()
             return None
         bound = inspect.signature(encode).bind(*args, **kwargs)
         bound.apply_defaults()
-        return _plain(bound.arguments)
+        around = getattr(self._pipe, "system_message", None), self._pipe._execution_device
+        return _plain([bound.arguments, *around])
 
     def _version(self) -> object:
         """Of the encoders and tokenizers: changes when any of their weights does."""
         parts = [part for name, part in sorted(self._pipe.components.items()) if name.startswith(("text", "tokenizer"))]
         weights = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
-        return [id(part) for part in parts], [(id(p), p._version, p.dtype) for p in weights]
+        pieces: dict[object, list[torch.Tensor]] = {}
+        for weight in weights:
+            flat = weight.detach().reshape(-1)
+            start = max(0, flat.numel() // 2 - 16)
+            pieces.setdefault((weight.device.type, weight.dtype), []).append(flat[start : start + 32])
+        numbers = [torch.cat(some).float().cpu().numpy().tobytes() for some in pieces.values()]
+        return [id(part) for part in parts], [(id(p), p._version, p.dtype) for p in weights], numbers
 
 
 class Waiting:
     """An encoder whose weights wait in host memory, and are on the device of its inputs while it runs."""
 
     def __init__(self, encoder: nn.Module) -> None:
-        self._tensors = list(dict.fromkeys([*encoder.parameters(), *encoder.buffers()]))
-        self._before = [tensor.device for tensor in self._tensors]
-        self._host: list[torch.Tensor] = []
+        self._encoder = encoder
+        self._before = {tensor: tensor.device for tensor in self._tensors()}
         self._lock = threading.RLock()
         self.brought = 0
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """As they are now: an adapter brings more."""
+        return list(dict.fromkeys([*self._encoder.parameters(), *self._encoder.buffers()]))
 
     def leave(self) -> None:
         """Takes the weights off the device."""
         with torch.inference_mode(False), torch.no_grad():
             pin = torch.cuda.is_available()
-            self._host = [t.data.pin_memory() if pin and t.is_cpu else _to_host(t.data, pin) for t in self._tensors]
-            self._set(self._host)
+            for tensor in self._tensors():
+                tensor.data = tensor.data.pin_memory() if pin and tensor.is_cpu else _to_host(tensor.data, pin)
 
     def around_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Brings the weights, runs, and lets go of them."""
         device = _device_of([*args, *kwargs.values()])
-        if device is None or all(tensor.device == device for tensor in self._tensors):
-            return forward(*args, **kwargs)
-        with self._lock:
-            self._host = [tensor.data for tensor in self._tensors]
+        with self._lock:  # another thread may have them on the device just now, and take them off
+            away = [tensor for tensor in self._tensors() if device is not None and tensor.device != device]
+            if not away:
+                return forward(*args, **kwargs)
+            host = [tensor.data for tensor in away]
             try:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._set([tensor.to(device, non_blocking=True) for tensor in self._host])
+                    for tensor in away:
+                        tensor.data = tensor.data.to(device, non_blocking=True)
                 self.brought += 1
                 return forward(*args, **kwargs)
             finally:
-                self._set(self._host)
+                for tensor, value in zip(away, host, strict=True):
+                    tensor.data = value
 
     def put_back(self) -> None:
         """To the device on which the weights were."""
+        first = next(iter(self._before.values()), torch.device("cpu"))
         with torch.inference_mode(False), torch.no_grad():
-            self._set([tensor.data.to(device) for tensor, device in zip(self._tensors, self._before, strict=True)])
-
-    def _set(self, values: list[torch.Tensor]) -> None:
-        for tensor, value in zip(self._tensors, values, strict=True):
-            tensor.data = value
+            for tensor in self._tensors():
+                tensor.data = tensor.data.to(self._before.get(tensor, first))
 
 
 def _device_of(inputs: list[Any]) -> torch.device | None:
