@@ -5,7 +5,10 @@ On a CPU the step runs in those operations of torch that the kernels are held ag
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,23 @@ def test_beside_everything_compiled_and_cached(name: str) -> None:
     assert relative(classes.run(pipe), baseline) <= 1e-5 and told(pipe).plain == 0
 
 
+def test_a_kernel_is_launched_on_its_tensors_gpu_and_a_graph_does_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device(contextlib.nullcontext[None]):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            current.append(device)
+
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    x = torch.ones(3)
+
+    def double(x: torch.Tensor) -> Any:
+        return kernels._launched(torch.ops.aten.add, x.device, x, x)
+
+    assert torch.equal(double(x), 2 * x) and current == [x.device]
+    assert torch.equal(torch.compile(double, backend="eager", fullgraph=True)(x), 2 * x) and len(current) == 1
+
+
 def test_ahead_of_time_a_second_pipeline_finds_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fluxfire import megacache
 
@@ -205,6 +225,20 @@ def test_ahead_of_time_a_second_pipeline_finds_the_graphs(tmp_path: Path, monkey
         assert (found.misses, found.hits, found.traced) == (misses, 2 - misses, 0), found.reasons
         fluxfire.restore_pipeline(pipe)
     assert torch.equal(run(pipe), baseline)
+    store = megacache.megacache_at(tmp_path).store
+    assert store
+    sources = [manifest.facts["sources"] for manifest in store.manifests()]
+    assert len(sources) == 2 and all("fluxfire.fused_blocks" in names for names in sources)  # imported at a load
+
+
+def test_what_was_traced_brings_the_operators_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of `prefetch` loads artifacts before the step is applied."""
+    monkeypatch.setitem(sys.modules, "fluxfire.triton_kernels", None)  # an import of it fails
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runpy.run_path(fused_blocks.__file__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ImportError, match=r"import of fluxfire\.triton_kernels halted"):
+        runpy.run_path(fused_blocks.__file__)
 
 
 def test_where_it_cannot_be_applied_it_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

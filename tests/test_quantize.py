@@ -220,13 +220,14 @@ def test_a_failure_after_weights_were_freed_says_what_failed(monkeypatch: pytest
 
     def fails(*args: Any) -> QuantizedLinear:
         if next(left, None) is None:
-            raise torch.OutOfMemoryError("no memory")
+            raise torch.OutOfMemoryError("no memory") from OSError("no page")
         return of(*args)
 
     monkeypatch.setattr(QuantizedLinear, "of", fails)
     with pytest.raises(torch.OutOfMemoryError, match="no memory") as failed:
         fluxfire.apply_quantization(pipe, keep_original=None)
     assert "quantization cannot be taken back: the weights before" in failed.value.__notes__[0]
+    assert str(failed.value.__cause__) == "no page"
     with pytest.raises(fluxfire.UndoError, match="load the pipeline anew"):
         fluxfire.restore_pipeline(pipe)
 

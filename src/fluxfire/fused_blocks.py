@@ -20,6 +20,9 @@ import fluxfire.kernels as kernels
 from fluxfire.kernels import Rows
 from fluxfire.linear import QuantizedLinear, multiplied
 
+if torch.cuda.is_available():  # here, as an artifact's loading imports what was traced, and no more
+    import fluxfire.triton_kernels  # noqa: F401  (registers the operators)
+
 DTYPES: Final = (torch.bfloat16, torch.float32)
 
 Three = tuple[Tensor, Tensor, Tensor]

@@ -123,8 +123,6 @@ def apply_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> Any:
     reason = check_fused_kernels(pipe, parts=parts)
     with applying(pipe, Step("fused_kernels", "lossless", (("parts", parts),)), reason) as handle:
         state = FusedKernels(pipe)
-        if handle.denoiser.x_embedder.weight.device.type == "cuda":
-            import fluxfire.triton_kernels  # noqa: F401  (registers the operators)
         handle.patch.on_undo(state.put_back)
         state.put(parts)
         look = handle.denoiser.register_forward_pre_hook(state.before_call)  # outside of a compiled forward

@@ -17,7 +17,7 @@ Shapes: B samples, T text tokens, L image tokens, R rows (tokens of all samples)
 
 from __future__ import annotations
 
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def norm(
     if not x.is_cuda:
         return plain_norm(x, scale, shift, eps, text=text, out=out, gate=gate, float8=float8)
     x, text = x.contiguous(), None if text is None else text.contiguous()  # views, behind a block of diffusers
-    new, y, scales = torch.ops.fluxfire.norm(text, x, out, gate, scale, shift, eps, float8)
+    new, y, scales = _launched(torch.ops.fluxfire.norm, x.device, text, x, out, gate, scale, shift, eps, float8)
     return x if out is None else new, (y, scales) if float8 else y
 
 
@@ -81,7 +81,8 @@ def norm_rope(
     if not qkv[0].is_cuda:
         return plain_norm_rope(qkv, weights, rotary, eps, text, text_weights)
     more, rotary = text or (None, None, None), (rotary[0].contiguous(), rotary[1].contiguous())
-    q, k, v = torch.ops.fluxfire.norm_rope(*qkv, *more, *weights, *(text_weights or (None, None)), *rotary, eps)
+    arguments = (*qkv, *more, *weights, *(text_weights or (None, None)), *rotary, eps)
+    q, k, v = _launched(torch.ops.fluxfire.norm_rope, qkv[0].device, *arguments)
     return q, k, qkv[2] if text is None else v
 
 
@@ -118,7 +119,7 @@ def quantize(x: Tensor | None, mlp: Tensor | None = None, *, start: int = 0, len
     if not given.is_cuda:
         return plain_quantize(x, mlp, start=start, length=length)
     x, mlp = (None if part is None else part.contiguous() for part in (x, mlp))
-    return torch.ops.fluxfire.quantize(x, mlp, start, length)  # type: ignore[no-any-return]
+    return cast(Rows, _launched(torch.ops.fluxfire.quantize, given.device, x, mlp, start, length))
 
 
 def plain_quantize(x: Tensor | None, mlp: Tensor | None = None, *, start: int = 0, length: int | None = None) -> Rows:
@@ -142,6 +143,14 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
 def plain_linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """`linear_gelu` in torch's operations."""
     return nn.functional.gelu(layer(x), approximate="tanh")
+
+
+def _launched(operator: Any, device: torch.device, *arguments: Any) -> Any:
+    """Calls an operator of Triton, which launches on the current device; a graph sees to its device itself."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch.cuda.device(device):
+        return operator(*arguments)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -225,9 +225,9 @@ def applying(pipe: Any, step: Step, reason: str | None) -> Iterator[Handle]:
             handle.patch.undo(start)
         except UndoError as final:  # the mark stays: whoever restores is told so too
             cause.add_note(f"{step.name} cannot be taken back: {final}")
-            raise cause from None
-        if not handle.steps:
-            unmark(handle)
+        else:
+            if not handle.steps:
+                unmark(handle)
         raise
     handle.steps.append(step)
 

@@ -119,6 +119,27 @@ def test_gelu_in_the_product() -> None:
         assert relative(call(x, layer), exact) < 1.1 * relative(kernels.plain_linear_gelu(x, layer), exact)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_kernels_run_where_their_rows_are() -> None:
+    """Also if another GPU is the current one."""
+    x, mod, weight = random(1, 1001, DIM), random(1, 2 * DIM), random(SIZE)
+    rotary = (random(1001, SIZE).float(), random(1001, SIZE, seed=1).float())
+    heads = x.unflatten(-1, (HEADS, SIZE))
+
+    def all_kernels(x: Any, mod: Any, heads: Any, weight: Any, rotary: Any) -> list[torch.Tensor]:
+        y = kernels.norm(x, mod[:, :DIM], mod[:, DIM:], 1e-6)[1]
+        q, k, _ = kernels.norm_rope((heads,) * 3, (weight,) * 2, rotary, 1e-6)
+        return [y, q, k, *kernels.quantize(x)]
+
+    here = (x, mod, heads, weight, rotary)
+    there = (*(part.to("cuda:1") for part in here[:-1]), tuple(table.to("cuda:1") for table in rotary))
+    assert torch.cuda.current_device() == 0
+    for call in modes(all_kernels):
+        for got, wanted in zip(call(*there), call(*here), strict=True):
+            assert got.device == torch.device("cuda:1") and torch.equal(got.to("cuda:0").float(), wanted.float())
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return full_size()
@@ -142,7 +163,7 @@ def test_the_step_at_full_size(pipe: Any, baseline: torch.Tensor, quantized: boo
         fluxfire.apply_compile(pipe, megacache=None)
     out = run(pipe)
     print(quantized, compiled, relative(out, before), relative(before, baseline), relative(out, baseline))
-    assert relative(out, before) < 0.05
+    assert relative(out, before) < (0.015 if quantized else 0.01)
     assert dict(fluxfire.report(pipe).other)["fused_kernels"] == FusedKernelsStats(fused=57, plain=0, reason="")
     graphs = fluxfire.report(pipe).compile
     assert graphs is None or (graphs.graphs, graphs.graph_breaks) == (2, 0)
@@ -156,6 +177,8 @@ sys.path.insert(0, {tests!r})
 import torch, fluxfire
 from test_full_size import run
 from test_kernels import shallow
+if {prefetch}:
+    fluxfire.prefetch({store!r}).join()
 pipe = shallow()
 fluxfire.apply_quantization(pipe)
 fluxfire.apply_fused_qkv(pipe)
@@ -179,12 +202,12 @@ def shallow() -> Any:
 
 
 def test_a_second_process_finds_the_graphs(pipe: Any, tmp_path: Path) -> None:
-    code = SECOND.format(tests=str(Path(__file__).parent), store=str(tmp_path))
     lines = []
-    for _ in range(2):
+    for prefetch in (False, False, True):
+        code = SECOND.format(tests=str(Path(__file__).parent), store=str(tmp_path), prefetch=prefetch)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
         assert done.returncode == 0, done.stderr[-3000:]
         lines.append(json.loads(done.stdout.splitlines()[-1]))
     print(lines)
-    assert lines[0]["kept"] == 2 and lines[1]["hits"] == 2, lines
-    assert abs(lines[0]["sum"] - lines[1]["sum"]) < 1e-3 * lines[0]["sum"]
+    assert [(line["kept"], line["hits"]) for line in lines] == [(2, 0), (0, 2), (0, 2)], lines
+    assert all(abs(line["sum"] - lines[0]["sum"]) < 1e-3 * lines[0]["sum"] for line in lines)
