@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
 import io
 import json
 import logging
@@ -14,7 +15,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -29,6 +32,7 @@ import fluxfire
 from fluxfire import ArgumentError, cli, demo
 from fluxfire.serve import model, process, wire, worker
 from fluxfire.serve.asks import Inference, order_of_inference
+from fluxfire.serve.connection import Connection
 from fluxfire.serve.errors import ServeError
 from fluxfire.serve.jobs import Order, Shape
 from fluxfire.serve.model import Model
@@ -88,7 +92,7 @@ def test_deadline_covers_queue_and_run_and_the_expired_never_start(
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(TESTS / "stub_worker.py")))
-    served = Served(make_settings(storage_dir=tmp_path, read_s=0.5))
+    served = Served(make_settings(storage_dir=tmp_path))
     wait_until(lambda: served.http.get("/readyz").status_code == 200, 900)
     yield served
     served.stop()
@@ -134,15 +138,56 @@ def test_not_ready_while_a_new_worker_warms_up(stubbed: Served, monkeypatch: pyt
     assert stubbed.http.get("/readyz").json()["error"]["code"] == "not_ready"
 
 
-def test_client_that_does_not_read_its_answer_is_given_up(stubbed: Served):
+@pytest.fixture
+def pass_read_s(stubbed: Served):
+    """Lets `read_s` go by on the server's clock, with all that it ends, while the client stands still."""
+    loop, passed = stubbed.server._loop, 0.0
+    assert loop is not None
+    loop.time = lambda: time.monotonic() + passed  # to the loop's end: no timer waits for a clock put back
+
+    def leap() -> None:
+        nonlocal passed
+        passed += stubbed.server._settings.read_s
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(WAIT_S)
+
+    return leap
+
+
+@contextmanager
+def long_answer(stubbed: Served) -> Iterator[tuple[socket.socket, Connection]]:
+    """The client's end and the server's of a connection whose answer, more than sockets hold, waits to be read."""
     fields = {"prompt": "noise", "width": 1024, "height": 1024, "num_images": 8, "format": "jpeg", "quality": 100}
-    with socket.create_connection(("127.0.0.1", int(stubbed.url.rsplit(":", 1)[1]))) as unread:
-        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    with socket.create_connection(("127.0.0.1", int(stubbed.url.rsplit(":", 1)[1])), WAIT_S) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         body = json.dumps(fields)
         head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        unread.sendall(f"POST /inference HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
-        wait_until(lambda: metric(stubbed, 'fluxfire_rejections_total{code="answer_not_read"}') == 1)
+        client.sendall(f"POST /inference HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+        waiting: list[Connection] = []
+        wait_until(
+            lambda: waiting.extend(c for c in list(stubbed.server.server_state.connections) if c._reader) or waiting
+        )
+        yield client, waiting[0]
+
+
+def test_client_that_does_not_read_its_answer_is_given_up(stubbed: Served, pass_read_s: Callable[[], None]):
+    with long_answer(stubbed) as (_, connection):
+        wait_until(lambda: pass_read_s() or not connection._reader)  # not the first time if sockets still fill up
+    assert metric(stubbed, 'fluxfire_rejections_total{code="answer_not_read"}') == 1
     assert stubbed.http.post("/inference", json={"prompt": "a"}).status_code == 200
+
+
+def test_client_that_reads_slowly_gets_all_of_its_answer(stubbed: Served, pass_read_s: Callable[[], None]):
+    with long_answer(stubbed) as (client, connection):
+        answer, body = http.client.HTTPResponse(client), b""
+        answer.begin()
+        for _ in range(4):
+            left = connection.transport.get_write_buffer_size()
+            while connection.transport.get_write_buffer_size() >= left:
+                body += answer.read(2**16)
+            pass_read_s()
+            assert connection._reader  # not given up, nor at its end
+        assert len(json.loads(body + answer.read())["pictures"]) == 8
+    assert metric(stubbed, 'fluxfire_rejections_total{code="answer_not_read"}') == 0
 
 
 def test_picture_to_a_model_of_text_alone_and_a_threshold_without_cache_are_refused(stubbed: Served):

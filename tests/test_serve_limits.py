@@ -152,6 +152,9 @@ def test_slow_heads_and_too_many_connections_are_closed(served: Served):
         both = [socket.create_connection(("127.0.0.1", http.base_url.port)) for _ in range(2)]
         with socket.create_connection(("127.0.0.1", http.base_url.port)) as third:
             assert closed(third)
+        for probe in ("/livez", "/readyz", "/metrics"):
+            with pytest.raises(httpx2.TransportError):
+                http.get(probe)
         both[0].sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         both[0].settimeout(WAIT_S)
         assert both[0].recv(64).startswith(b"HTTP/1.1 200")
