@@ -1,6 +1,6 @@
 """The fused kernels: diffusers' pictures, its own forward where something is not written out, nothing left behind.
 
-On a CPU the step runs in those operations of torch that the kernels are held against (`tests/gpu/test_kernels.py`).
+On a CPU the step runs in those operations of torch that the kernels are held against (`tests/gpu/test_kernels_gpu.py`).
 """
 
 from __future__ import annotations
