@@ -22,7 +22,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -71,9 +70,8 @@ def check_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> st
     for name, encoder in found.items() if encoders == "cpu" else ():
         if hook := offload_hook(encoder):
             return f'found {name} offloaded already ({hook}): encoders="stay"'
-        if isinstance(around := getattr(vars(encoder).get("forward"), "around", None), MethodType) and isinstance(
-            around.__self__, Waiting
-        ):
+        around = getattr(vars(encoder).get("forward"), "around", None)
+        if isinstance(getattr(around, "__self__", None), Waiting):
             return f'found that {name} waits already, for another pipeline: encoders="stay"'
         if any(type(p) is not nn.Parameter for p in encoder.parameters()):
             return f'found {name} quantized, whose weights move in a way of their own: encoders="stay"'
@@ -209,7 +207,7 @@ class Waiting:
         with torch.inference_mode(False), torch.no_grad():
             pin = torch.cuda.is_available()
             for tensor in self._tensors():
-                tensor.data = tensor.data.pin_memory() if pin and tensor.is_cpu else _to_host(tensor.data, pin)
+                tensor.data = torch.empty_like(tensor.data, device="cpu", pin_memory=pin).copy_(tensor.data)
 
     def around_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Brings the weights, runs, and lets go of them."""
@@ -239,11 +237,6 @@ class Waiting:
 
 def _device_of(inputs: list[Any]) -> torch.device | None:
     return next((value.device for value in inputs if isinstance(value, torch.Tensor)), None)
-
-
-def _to_host(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
-    host = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-    return host.copy_(tensor)
 
 
 def _encoders(pipe: Any) -> dict[str, Any]:

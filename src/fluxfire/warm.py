@@ -52,7 +52,7 @@ def warm(
     """
     if handle_of(pipe) is None:
         raise NotOptimizedError("found a pipeline as it was: call fluxfire.optimize_pipeline(pipe) before warm")
-    wanted, counts = [_size(size) for size in sizes], list(batch)
+    wanted, counts = [size_of(size) for size in sizes], list(batch)
     if bad := [count for count in counts if type(count) is not int or count < 1]:
         raise ArgumentError(f"batch: found {bad[0]!r}, needed pictures at once: 1 or more")
     seconds: dict[tuple[int, int, int], float] = {}
@@ -75,7 +75,12 @@ def scheduled_steps(pipe: Any) -> int | None:
     return len(marks) if marks else None
 
 
-def _size(size: object) -> tuple[int, int]:
+def size_of(size: object) -> tuple[int, int]:
+    """Width and height, from a pair or from "1024x768".
+
+    Raises:
+        ArgumentError: neither.
+    """
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+)x(\d+)", size)):
         size = int(found[1]), int(found[2])
     match size:

@@ -33,19 +33,21 @@ def warm(
 
     import fluxfire
     from fluxfire.serve.model import load
+    from fluxfire.warm import size_of
 
     if not re.fullmatch(r"\d+(,\d+)*", batch):
         raise typer.BadParameter(f"found {batch!r}, needed numbers such as 1,4", param_hint="--batch")
-    if not re.fullmatch(r"(\d+x\d+(,\d+x\d+)*)?", sizes):
-        raise typer.BadParameter(f"found {sizes!r}, needed such as 1024x1024,832x1216", param_hint="--sizes")
+    try:
+        wanted = [size_of(size) for size in sizes.split(",")] if sizes else []
+    except fluxfire.ArgumentError as error:
+        raise typer.BadParameter(str(error), param_hint="--sizes") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
     with console.status("Loading"):
         fluxfire.prefetch(megacache)
         served = load(model, device, dtype or ("float32" if device.startswith("cpu") else "bfloat16"))
         fluxfire.optimize_pipeline(served.pipe, compile=mode, megacache=megacache, share=share, strict=True)
-    wanted = sizes.split(",") if sizes else [f"{served.side}x{served.side}"]
-    jobs = [(size, int(count)) for size in wanted for count in batch.split(",")]
+    jobs = [(size, int(count)) for size in wanted or [(served.side, served.side)] for count in batch.split(",")]
     call = {"max_sequence_length": served.text_tokens} | served.call
     rows: list[dict[str, Any]] = []
     for size, count in track(jobs, "Compiling", console=console, transient=True, disable=not console.is_terminal):
