@@ -176,7 +176,7 @@ import json, sys
 sys.path.insert(0, {tests!r})
 import torch, fluxfire
 from test_full_size import run
-from test_kernels import shallow
+from test_kernels_gpu import shallow
 if {prefetch}:
     fluxfire.prefetch({store!r}).join()
 pipe = shallow()

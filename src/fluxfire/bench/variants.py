@@ -55,6 +55,11 @@ def _cache_half(pipe: Any, steps: int) -> Callable[[], str]:
     return lambda: fluxfire.cache_stats(pipe).marks()
 
 
+def _scheduled(pipe: Any, steps: int) -> Callable[[], str]:
+    fluxfire.apply_cache(pipe, schedule=("#." * steps)[:steps], extrapolate=2)
+    return lambda: fluxfire.cache_stats(pipe).marks()
+
+
 def _half(pipe: Any, steps: int) -> Callable[[], str]:
     fluxfire.apply_compile(pipe, megacache=None)
     return _cache_half(pipe, steps)
@@ -142,7 +147,7 @@ REDUCTIONS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-def _stacked(parts: tuple[str, ...], flag: str, half: bool, pipe: Any, steps: int) -> Callable[[], str]:
+def _stacked(parts: tuple[str, ...], flag: str, cache: str, pipe: Any, steps: int) -> Callable[[], str]:
     """These parts and compilation by block, in `ORDER`; the cache between compilation and the modulation table."""
     last = [part for part in parts if part.startswith("modulation")]
     for part in parts:
@@ -150,15 +155,23 @@ def _stacked(parts: tuple[str, ...], flag: str, half: bool, pipe: Any, steps: in
             PARTS[part](pipe)
     mode = flag if flag == MAX_AUTOTUNE else "default"
     fluxfire.apply_compile(pipe, mode=mode, options=REDUCTIONS.get(flag, {}), megacache=None)
-    marks = _cache_half(pipe, steps) if half else no_marks
+    marks = _CACHES[cache][0](pipe, steps)
     for part in last:
         PARTS[part](pipe)
     return marks
 
 
-def _stack(name: str, *parts: str, flag: str = "", half: bool = False, group: str = "speed") -> Variant:
-    what = " + ".join((*parts, "compile", *([flag] if flag else []), *(["cache"] if half else [])))
-    return Variant(name, partial(_stacked, parts, flag, half), what + _HALF * half, flag=flag, group=group)
+# How a stack caches: the distance decides (forced, but the host waits for it), or marks known before, with forecasts.
+_CACHES: Final[dict[str, tuple[Apply, str]]] = {
+    "": (_eager, ""),
+    "half": (_cache_half, " + cache" + _HALF),
+    "schedule": (_scheduled, " + cache, every other step by a schedule, extrapolate=2"),
+}
+
+
+def _stack(name: str, *parts: str, flag: str = "", cache: str = "", group: str = "speed") -> Variant:
+    what = " + ".join((*parts, "compile", *([flag] if flag else []))) + _CACHES[cache][1]
+    return Variant(name, partial(_stacked, parts, flag, cache), what, flag=flag, group=group)
 
 
 _LOSSLESS: Final = ("fused", "attention-auto", "modulation-gpu")
@@ -177,16 +190,18 @@ def _stacks() -> list[Variant]:
         _stack("float8-all", "float8", *_LOSSLESS),
         _stack("float8-after-all", "float8-after", *_LOSSLESS),
         _stack("float8-small", "float8", "fused", "modulation-cpu"),
-        _stack("float8-half", "float8", half=True),
-        _stack("float8-all-half", "float8", *_LOSSLESS, half=True),
-        _stack("float8-after-all-half", "float8-after", *_LOSSLESS, half=True),
+        _stack("float8-half", "float8", cache="half"),
+        _stack("float8-all-half", "float8", *_LOSSLESS, cache="half"),
+        _stack("float8-after-all-half", "float8-after", *_LOSSLESS, cache="half"),
     ]
     made += [
         _stack("lossless-all+kernels", *_KERNELS),
         _stack("float8-all+kernels", "float8", *_KERNELS),
         _stack("float8-after-all+kernels", "float8-after", *_KERNELS),
         _stack("float8-small+kernels", "float8", "fused", "kernels", "modulation-cpu"),
-        _stack("float8-all+kernels-half", "float8", *_KERNELS, half=True),
+        _stack("float8-all+kernels-half", "float8", *_KERNELS, cache="half"),
+        _stack("lossless-all+kernels-schedule", *_KERNELS, cache="schedule"),
+        _stack("float8-all+kernels-schedule", "float8", *_KERNELS, cache="schedule"),
     ]
     for part in KERNELS:  # one part of the kernels alone, on everything else
         for kind in ("lossless", "float8"):
