@@ -46,10 +46,19 @@ def test_layers_compute_once_a_run_and_all_is_as_before(pipe: Any, weights: str,
     layer = pipe.transformer.single_transformer_blocks[0].norm.linear
     fluxfire.apply_modulation_table(pipe, weights=weights)
     assert {name: tensor.data_ptr() for name, tensor in pipe.transformer.state_dict().items()} == saved
-    entered = calls(layer)
-    assert near(run(pipe, batch=2), baseline) and entered == [0]
-    # 6 steps x 2 samples x (2 double blocks x 12 + 2 single ones x 3) x 32 channels in float32.
-    assert stats(pipe).kept_bytes == 6 * 2 * (2 * 12 + 2 * 3) * 32 * 4
+    entered, embedded = calls(layer), calls(pipe.transformer.time_text_embed.timestep_embedder.linear_1)
+    given: list[dict[str, Any]] = []
+    first = pipe.transformer.transformer_blocks[0]
+    look = first.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    assert near(run(pipe, batch=2), baseline) and (entered, embedded) == ([0], [1])
+    look.remove()
+    # Text and positions are the same objects in all steps.
+    assert len(given) == 6 and len({id(kwargs["encoder_hidden_states"]) for kwargs in given}) == 1
+    assert len({id(kwargs["image_rotary_emb"]) for kwargs in given}) == 1
+    # 6 steps x 2 samples x (2 double blocks x 12 + 2 single ones x 3 + temb) x 32 channels, in float32 as all here.
+    text, rotary = given[0]["encoder_hidden_states"], given[0]["image_rotary_emb"]
+    rows = 6 * 2 * (2 * 12 + 2 * 3 + 1) * 32 * 4
+    assert stats(pipe).kept_bytes == rows + text.nbytes + sum(table.nbytes for table in rotary)
     fluxfire.restore_pipeline(pipe)
     same = {key: value for key, value in attributes(pipe).items() if key[0] not in ("pipe", "scheduler")}
     assert same == {key: value for key, value in before.items() if key[0] not in ("pipe", "scheduler")}
@@ -135,6 +144,7 @@ def test_weights_written_to_in_mid_run_are_read_anew() -> None:
             with torch.no_grad():
                 of.transformer.single_transformer_blocks[1].norm.linear.weight.mul_(2)
                 of.transformer.time_text_embed.timestep_embedder.linear_1.weight.mul_(1.5)
+                of.transformer.context_embedder.weight.mul_(1.5)
         return kwargs
 
     baseline = run(pipe, callback_on_step_end=write)

@@ -45,7 +45,7 @@ class Family:
         """The tensors of one denoiser call that stay the same objects over the steps of a guidance branch."""
         tensors = [inputs[name] for name in self.conditioning if inputs.get(name) is not None]
         extra = (inputs.get("joint_attention_kwargs") or {}).get("ip_adapter_image_embeds")
-        return tensors + list(_tensors(extra))
+        return tensors + list(tensors_in(extra))
 
     def splits(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the samples of this denoiser call can be computed apart: not where a key-value cache is passed on."""
@@ -223,8 +223,8 @@ def _rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
     return type(value)(_rows(item, rows, batch) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors in nested lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []

@@ -275,7 +275,7 @@ def _by_name(block: torch.nn.Module, around: Callable[..., Streams]) -> Callable
     names: Final = tuple(inspect.signature(block.forward).parameters)
 
     def call(forward: Callable[..., Streams], *args: Any, **kwargs: Any) -> Streams:
-        return around(forward, dict(zip(names, args, strict=False)) | kwargs)
+        return around(forward, dict(zip(names, args, strict=False)) | kwargs if args else kwargs)
 
     return call
 

@@ -40,6 +40,7 @@ from fluxfire.blocks import denoiser_of, own_offload_hook
 from fluxfire.linear import QuantizedLinear, hooked, obstacle, product
 from fluxfire.patches import Wrapper, applying
 from fluxfire.plan import Step
+from fluxfire.seal import Seal
 
 # What a processor calls, and the layers that it stands for.
 GROUPS: Final = {
@@ -105,6 +106,21 @@ class FusedProjection:
             and all(owner.get(key) is part and _address(part) == address for owner, key, part, address in self._views)
         )
 
+    def sealable(self) -> bool:
+        """Whether it is fused, with no hook of diffusers' on the way, whose registries tell kinds by names."""
+        return self.weight is not None and not any(map(_registered, self._path))
+
+    def put_under(self, seal: Seal) -> None:
+        """What `tied` asks for, as it is now."""
+        seal.hold(self.attention._modules, *self.layers)
+        seal.hold_unhooked(self._linears)
+        for module in self._path:
+            seal.hold(vars(module), "_hf_hook", "_diffusers_hook")
+            seal.hold_empty(_registered(module))
+        for owner, key, part, _ in self._views:
+            seal.hold(owner, key)
+            seal.hold_addresses([] if part is None else [part])
+
     def fuse(self) -> None:
         """Makes the three weights, and biases, views of one tensor."""
         self.release()
@@ -154,6 +170,11 @@ class FusedProjection:
         return None
 
 
+def _registered(module: nn.Module) -> dict[str, Any]:
+    """The hooks that diffusers' registry has for a module; a pipeline makes an empty registry for its denoiser."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+
+
 def _address(part: torch.Tensor | None) -> int:
     return 0 if part is None else part.data_ptr()
 
@@ -164,6 +185,7 @@ class FusedProjections:
     def __init__(self, projections: list[FusedProjection]) -> None:
         self._projections = projections
         self._fused_again = 0
+        self._seals: dict[nn.Module, Seal] = {}  # of roots whose projections were all tied at their last call
         self.by_root: dict[nn.Module, list[FusedProjection]] = {}
         for one in projections:
             self.by_root.setdefault(one.root, []).append(one)
@@ -176,6 +198,9 @@ class FusedProjections:
 
     def before_call(self, module: nn.Module, _: object) -> None:
         """Before a call of a root: fuses again what was untied, or leaves it to its three layers."""
+        if (seal := self._seals.pop(module, None)) and seal.unbroken():
+            self._seals[module] = seal
+            return
         for one in self.by_root[module]:
             if not one.tied():
                 if one.obstacle():
@@ -183,6 +208,10 @@ class FusedProjections:
                 else:
                     one.fuse()
                     self._fused_again += 1
+        if all(one.sealable() for one in self.by_root[module]):
+            seal = self._seals[module] = Seal()
+            for one in self.by_root[module]:
+                one.put_under(seal)
 
     def around_apply(self, apply: Any, *args: Any, **kwargs: Any) -> Any:
         """After a `.to()`: keeps no fused tensor alive on the old device."""

@@ -32,6 +32,7 @@ from fluxfire.kernels import PARTS
 from fluxfire.linear import hooked, obstacle
 from fluxfire.patches import applying
 from fluxfire.plan import Step
+from fluxfire.seal import Seal
 
 ON_CPU = False  # True: also where there is no GPU, by the functions of torch's operations; for tests
 
@@ -137,7 +138,7 @@ class FusedKernels:
     def __init__(self, pipe: Any) -> None:
         self._blocks: list[Any] = family_of(pipe).blocks(denoiser_of(pipe))
         self._before = {block: type(block) for block in self._blocks}
-        self._parts = {block: _Parts(block) for block in self._blocks}
+        self._seals: dict[Any, Seal] = {}
         self._reasons: dict[Any, str] = {}
 
     def stats(self) -> FusedKernelsStats:
@@ -168,34 +169,20 @@ class FusedKernels:
     def before_call(self, *_: object) -> None:
         """Before a denoiser call: looks whether all blocks are still what is written out."""
         for block in self._blocks:
-            if block not in self._reasons or not self._parts[block].unchanged():
-                self._parts[block] = _Parts(block)
+            if block not in self._seals or not self._seals[block].unbroken():
+                self._seals[block] = _sealed(block)
                 reason = self._reasons[block] = _odd(block) or ""
                 block.plain = bool(reason)
                 block.float8 = getattr(block.attn.to_q, "kind", "") in _FLOAT8
 
 
-class _Parts:
-    """A block's modules as they are: some microseconds tell whether one was replaced, or has a hook."""
-
-    def __init__(self, block: Any) -> None:
-        modules = list(block.modules())
-        self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._vars = [vars(module) for module in modules[1:]]
-        self._counts = self._now()
-        self._attention, self._processor = vars(block.attn), vars(block.attn).get("processor")
-
-    def _now(self) -> tuple[int, int]:
-        return sum(map(len, self._hooks)), sum("forward" in names for names in self._vars)
-
-    def unchanged(self) -> bool:
-        """Whether nothing was."""
-        return (
-            all(list(now.values()) == before for now, before in self._children)
-            and self._now() == self._counts
-            and self._attention.get("processor") is self._processor
-        )
+def _sealed(block: Any) -> Seal:
+    """The block's modules as they are, without hooks."""
+    seal = Seal()
+    seal.hold_children(block)
+    seal.hold_unhooked(list(block.modules())[1:])
+    seal.hold(vars(block.attn), "processor")
+    return seal
 
 
 def _kind(block: Any) -> str:

@@ -4,8 +4,10 @@ Each FLUX.1 block shifts, scales and gates its tokens by numbers that a linear l
 the timestep, the guidance and the pooled prompt: 3.2 of 12 B parameters, read in every step for a product with one row.
 All of a run's timesteps are known at its first step, so one product gives the rows of all steps (59 MB for 28 of them
 and a sample), and a block gets its row in the place of `temb`: no index in a graph, the same graph for all blocks.
+The same goes for what the denoiser embeds before its blocks: `temb` is a row as well, text and positions are embedded
+once a run. That is 60 small kernels a step, which a host that must not fall behind has no time to launch.
 What it saves: 6.4 GB of reads a step in bfloat16; or, with weights="cpu", their 6 GiB: they stay in host memory and
-travel once a run. `norm_out`, behind the blocks, keeps `temb`. Lossless up to rounding: a product with more rows.
+travel once a run. `norm_out`, behind the blocks, gets `temb`. Lossless up to rounding: a product with more rows.
 
 Which row: the first call of a run looks for its timestep, as the pipeline rounded it, among the scheduler's; later ones
 count steps. Each call compares its timestep and guidance with the row's on the device, without waiting: the next call
@@ -32,14 +34,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fluxfire.blocks import compiled_by_others, denoiser_of, family_of
+from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, tensors_in
 from fluxfire.errors import ArgumentError, StepError
 from fluxfire.linear import obstacle
 from fluxfire.patches import applying
 from fluxfire.plan import Handle, Step
-from fluxfire.run import Call, RunReader, at_last_step, writes
+from fluxfire.run import Call, RunReader, Seen, at_last_step, same, seen
+from fluxfire.seal import Seal
 
 WEIGHTS: Final = ("gpu", "cpu")
+_EMBEDDERS: Final = ("time_text_embed", "context_embedder", "pos_embed")  # of the denoiser, before its blocks
 _OTHER: Final = (
     "modulation_table: a denoiser call had another timestep or guidance than the scheduler and the run's first call "
     "tell, and its output is wrong: call fluxfire.restore_pipeline(pipe) and optimize without modulation"
@@ -78,11 +82,12 @@ class _Table:
     """What is kept of one guidance branch in one run."""
 
     first: int = 0  # the step of the first row
-    rows: list[torch.Tensor] = field(default_factory=list)  # for each block (S, B, C); none: there is no table
+    rows: list[torch.Tensor] = field(default_factory=list)  # for each block (S, B, C), then temb (S, B, D); or none
+    embedded: dict[str, Any] = field(default_factory=dict)  # what embedders of the same inputs in every step made
+    ids: Seen = field(default_factory=list)  # the positions among those inputs; `run.py` looks at the others
     timesteps: torch.Tensor | None = None  # (S,)
     guidance: torch.Tensor | None = None  # (B,)
-    likeness: list[object] = field(default_factory=list)
-    made: bool = False
+    seal: Seal | None = None  # of what the rows were made of; None: nothing was made
     odd: torch.Tensor | None = None  # whether the last call was another than its row's; in pinned memory
     event: Any = None  # after which that can be read
 
@@ -139,6 +144,9 @@ def apply_modulation_table(pipe: Any, *, weights: str = "gpu") -> Any:
         handle.patch.on_undo(state.put_back)
         state.take(weights)
         handle.patch.wrap(handle.denoiser, "forward", state.around_denoiser)
+        for name in _EMBEDDERS:
+            around = functools.partial(state.around_embedder, name)
+            handle.patch.wrap(getattr(handle.denoiser, name), "forward", around)
         for number, block in enumerate(state.blocks):
             names = tuple(inspect.signature(block.forward).parameters)
             handle.patch.wrap(block, "forward", functools.partial(state.around_block, number, names))
@@ -157,17 +165,20 @@ class Modulation:
         self._layers: list[list[nn.Linear]] = [[norm.linear for norm in norms] for norms in self._norms]
         self._silus = {norm: norm.silu for norms in self._norms for norm in norms}
         self._given: dict[Any, Given] = {}
+        self._seal: Seal | None = None
         self._waits = False  # whether the weights are in host memory while the denoiser is elsewhere
         self._reader: RunReader[_Table] = RunReader(pipe, family, _Table)
         self._signature = inspect.signature(self._denoiser.forward)
         self._pipe = weakref.ref(pipe)
-        self._local = threading.local()  # .rows: of the call under way, for each block (B, C); None: computed
+        # Of the call under way: .rows, for each block (B, C), then temb, or None: computed; .embedded, its table's.
+        self._local = threading.local()
         self._from_table = self._computed = self._tables = 0
         self._reason = ""
 
     def stats(self) -> ModulationStats:
         """A snapshot of the counts."""
-        kept = sum(row.nbytes for table in self._reader.states() for row in table.rows)
+        tables = self._reader.states()
+        kept = sum(tensor.nbytes for table in tables for tensor in tensors_in([*table.rows, *table.embedded.values()]))
         return ModulationStats(self._from_table, self._computed, self._tables, kept, self._reason)
 
     @property
@@ -204,13 +215,15 @@ class Modulation:
         """Finds this call's rows, making the table at the first one, and calls on."""
         if not self._given:  # it has stepped back
             return forward(*args, **kwargs)
-        if odd := next((norm for norm, ours in self._given.items() if norm._modules["linear"] is not ours), None):
-            what = type(odd._modules["linear"])
-            self._reason = (
-                f"stepped back: a {what.__module__.partition('.')[0]} {what.__name__} is on a modulation layer"
-            )
-            self.put_back()
-            return forward(*args, **kwargs)
+        if self._seal is None or not self._seal.unbroken():
+            if odd := next((norm for norm, ours in self._given.items() if norm._modules["linear"] is not ours), None):
+                what = type(odd._modules["linear"])
+                self._reason = (
+                    f"stepped back: a {what.__module__.partition('.')[0]} {what.__name__} is on a modulation layer"
+                )
+                self.put_back()
+                return forward(*args, **kwargs)
+            self._seal = self._sealed()
         call = self._reader.read(args, kwargs)
         inputs = self._signature.bind(*args, **kwargs).arguments
         self._local.rows = self._rows(call, inputs)
@@ -221,11 +234,23 @@ class Modulation:
         finally:
             self._local.rows = None
 
+    def around_embedder(self, name: str, embedder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`temb` of the table; what text and positions are embedded to, computed in a run's first call."""
+        rows = getattr(self._local, "rows", None)
+        if not rows:
+            return embedder(*args, **kwargs)
+        if name == "time_text_embed":
+            return rows[-1]
+        embedded = self._local.embedded
+        if name not in embedded:
+            embedded[name] = embedder(*args, **kwargs)
+        return embedded[name]
+
     def around_block(self, number: int, names: tuple[str, ...], block: Any, *args: Any, **kwargs: Any) -> Any:
         """Gives the block its numbers in the place of `temb`."""
         if not self._given:
             return block(*args, **kwargs)
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
         rows, temb = getattr(self._local, "rows", None), arguments["temb"]
         arguments["temb"] = rows[number] if rows else self._numbers(number, nn.functional.silu(temb))
         return block(**arguments)
@@ -243,9 +268,13 @@ class Modulation:
         autocast = torch.is_autocast_enabled(timestep.device.type)
         if table is None or autocast or torch.is_grad_enabled():
             return None
-        likeness = self._likeness()
-        if not table.made or table.likeness != likeness:
-            self._make(table, call, inputs, likeness)
+        if table.seal is not self._seal:
+            self._make(table, call, inputs)
+        ids = [inputs["img_ids"], inputs["txt_ids"]]
+        if not same(table.ids, ids):
+            table.ids = seen(ids)
+            table.embedded.pop("pos_embed", None)
+        self._local.embedded = table.embedded
         step = call.step - table.first
         if not table.rows or step >= len(table.rows[0]):
             return None
@@ -271,9 +300,9 @@ class Modulation:
             if table.odd is not None and table.odd.item():
                 raise StepError(_OTHER)
 
-    def _make(self, table: _Table, call: Call[_Table], inputs: Mapping[str, Any], likeness: list[object]) -> None:
+    def _make(self, table: _Table, call: Call[_Table], inputs: Mapping[str, Any]) -> None:
         """The rows of this and all later steps, where this call's timestep is one of the scheduler's."""
-        table.made, table.likeness, table.first, table.rows = True, likeness, call.step, []
+        table.seal, table.first, table.rows, table.embedded = self._seal, call.step, [], {}
         table.odd = table.event = None
         timestep, guidance, pooled = inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"]
         embed = self._denoiser.time_text_embed
@@ -290,18 +319,23 @@ class Modulation:
         steps, batch, dtype = len(table.timesteps), len(pooled), inputs["hidden_states"].dtype
         times = (table.timesteps.to(dtype) * 1000).repeat_interleave(batch)  # as the denoiser's forward has them
         given = [times] if guidance is None else [times, (guidance.to(dtype) * 1000).expand(batch).repeat(steps)]
-        activated = nn.functional.silu(embed(*given, pooled.repeat(steps, 1)))  # (S B, D)
+        temb = embed(*given, pooled.repeat(steps, 1))  # (S B, D)
+        activated = nn.functional.silu(temb)
         for number in range(len(self.blocks)):
             table.rows.append(self._numbers(number, activated).view(steps, batch, -1))
+        table.rows.append(temb.view(steps, batch, -1))
         self._tables += 1
 
-    def _likeness(self) -> list[object]:
+    def _sealed(self) -> Seal:
         """What is the same as long as the embedders and the layers compute the same."""
-        layers = itertools.chain.from_iterable(self._layers)
-        weights = itertools.chain(
-            self._denoiser.time_text_embed.parameters(), *(layer.parameters() for layer in layers)
-        )
-        return [(id(weight), writes(weight)) for weight in weights]
+        seal, embedders = Seal(), [getattr(self._denoiser, name) for name in _EMBEDDERS]
+        seal.hold(self._denoiser._modules, *_EMBEDDERS)
+        for norm in self._given:
+            seal.hold(norm._modules, "linear")
+        for part in (*embedders, *itertools.chain.from_iterable(self._layers)):
+            seal.hold_children(part)
+            seal.hold_writes(part.parameters())
+        return seal
 
 
 def _norms(block: Any, names: tuple[str, ...]) -> list[Any]:

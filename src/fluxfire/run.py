@@ -35,6 +35,7 @@ from fluxfire.blocks import Family
 MAX_BRANCHES: Final = 4  # more calls a step than any guidance makes: somebody calls the denoiser outside of a run
 
 State = TypeVar("State")
+Seen = list[tuple[weakref.ref[torch.Tensor], int]]
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Call(Generic[State]):
 
 @dataclass(slots=True)
 class _Branch(Generic[State]):
-    conditioning: list[tuple[weakref.ref[torch.Tensor], int]]
+    conditioning: Seen
     layout: tuple[object, ...]
     noise_tokens: int
     state: State
@@ -153,12 +154,11 @@ class RunReader(Generic[State]):
         layout = (x.shape, x.dtype, x.device, inputs["encoder_hidden_states"].shape, inputs["img_ids"].shape)
         tensors = self._family.conditioning_tensors(inputs)
         known = self._branches.get(branch)
-        if known is None or known.layout != layout or not _same(known.conditioning, tensors):
+        if known is None or known.layout != layout or not same(known.conditioning, tensors):
             noise_tokens = self._family.noise_tokens(inputs)  # a device transfer, so once a run and not once a call
             if noise_tokens is None:
                 return None
-            conditioning = [(weakref.ref(tensor), writes(tensor)) for tensor in tensors]
-            known = self._branches[branch] = _Branch(conditioning, layout, noise_tokens, self._new_state())
+            known = self._branches[branch] = _Branch(seen(tensors), layout, noise_tokens, self._new_state())
         return known
 
 
@@ -178,7 +178,13 @@ def at_last_step(scheduler: Any) -> bool:
     return timesteps is None or index == -1 or index >= len(timesteps) - 1
 
 
-def _same(known: list[tuple[weakref.ref[torch.Tensor], int]], tensors: list[torch.Tensor]) -> bool:
+def seen(tensors: list[torch.Tensor]) -> Seen:
+    """These tensors as they are now, for `same`; they are not kept alive."""
+    return [(weakref.ref(tensor), writes(tensor)) for tensor in tensors]
+
+
+def same(known: Seen, tensors: list[torch.Tensor]) -> bool:
+    """Whether these are the objects that were seen, not written to since."""
     return len(known) == len(tensors) and all(
         ref() is tensor and count == writes(tensor) for (ref, count), tensor in zip(known, tensors, strict=True)
     )
