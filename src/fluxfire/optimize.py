@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
 
+import torch
+
 from fluxfire.attention import APPROXIMATE, apply_attention, check_attention
-from fluxfire.blocks import family_of
+from fluxfire.blocks import denoiser_of, family_of
 from fluxfire.cache import apply_cache, check_cache
 from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError, UndoError
@@ -62,10 +64,10 @@ def plan_pipeline(
     attention: str | None = None,
     quantize: str | None = None,
     static_blocks: bool | None = None,
-    fuse_qkv: bool = False,
-    fused_kernels: bool = False,
+    fuse_qkv: bool | None = None,
+    fused_kernels: bool | None = None,
     memory_format: bool = False,
-    modulation: bool | str = False,
+    modulation: bool | str | None = None,
     prompts: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
@@ -83,10 +85,11 @@ def plan_pipeline(
         attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
-        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
-        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`); None: on a Hopper GPU.
+        fused_kernels: hand-written kernels between FLUX.1's products (`apply_fused_kernels`); None: on a Hopper GPU.
         memory_format: the VAE in channels_last (`apply_memory_format`).
-        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); None: on a Hopper GPU; "cpu": its weights
+            in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
@@ -109,19 +112,25 @@ def plan_pipeline(
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
     if static_blocks is None:
         static_blocks = has_static_blocks(pipe)
+    # What nobody asked for is left out without a word where it does not fit.
+    ours = {"fused_qkv": fuse_qkv, "fused_kernels": fused_kernels, "modulation_table": modulation}
+    ours = {name: offload is None and _on_hopper(pipe) for name, wish in ours.items() if wish is None}
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
     graphs = {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache, "share": share}
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
-        "fused_qkv": (fuse_qkv, {}),
+        "fused_qkv": (ours.get("fused_qkv", fuse_qkv), {}),
         "quantization": (quantize is not None, {"weights": quantize}),
         "attention": (attention is not None, {"backend": attention}),
-        "fused_kernels": (fused_kernels, {}),
+        "fused_kernels": (ours.get("fused_kernels", fused_kernels), {}),
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
-        "modulation_table": (modulation, {"weights": "gpu" if modulation is True else modulation}),
+        "modulation_table": (
+            ours.get("modulation_table", modulation),
+            {"weights": modulation if isinstance(modulation, str) else "gpu"},
+        ),
         "prompts": (prompts, {"encoders": "stay" if prompts is True else prompts}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
@@ -133,6 +142,8 @@ def plan_pipeline(
         kind = "approximate" if attention in APPROXIMATE and name == "attention" else RECIPES[name].kind
         step = Step(name, kind, tuple(wanted[name].items()))
         reason = refusal(step, (*applied, *steps)) or RECIPES[name].check(pipe, **wanted[name])
+        if reason and name in ours:
+            continue
         if reason and strict:
             raise StepError(f"{name}: {reason}")
         if reason:
@@ -140,6 +151,12 @@ def plan_pipeline(
         else:
             steps.append(step)
     return Plan(tuple(steps), tuple(skips))
+
+
+def _on_hopper(pipe: Any) -> bool:
+    """Whether the denoiser is on a GPU of the kind on which the steps that only move work around were measured."""
+    device = next(denoiser_of(pipe).parameters()).device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def optimize_pipeline(
@@ -150,10 +167,10 @@ def optimize_pipeline(
     attention: str | None = None,
     quantize: str | None = None,
     static_blocks: bool | None = None,
-    fuse_qkv: bool = False,
-    fused_kernels: bool = False,
+    fuse_qkv: bool | None = None,
+    fused_kernels: bool | None = None,
     memory_format: bool = False,
-    modulation: bool | str = False,
+    modulation: bool | str | None = None,
     prompts: bool | str = False,
     vae_tiling: bool = False,
     offload: str | None = None,
@@ -174,10 +191,11 @@ def optimize_pipeline(
         attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
-        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`).
-        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`); None: on a Hopper GPU.
+        fused_kernels: hand-written kernels between FLUX.1's products (`apply_fused_kernels`); None: on a Hopper GPU.
         memory_format: the VAE in channels_last (`apply_memory_format`).
-        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); None: on a Hopper GPU; "cpu": its weights
+            in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).

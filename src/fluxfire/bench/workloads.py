@@ -46,6 +46,7 @@ WORKLOADS: Final = {
         Workload("t2i-1024", "full", 1024),
         Workload("kontext-1024", "full", 1024, edit=True),
         Workload("t2i-512", "full", 512),
+        Workload("t2i-2048", "full", 2048),
         Workload("embedded-t2i", "embedded", 128, text_tokens=24),
         Workload("embedded-edit", "embedded", 128, edit=True, text_tokens=24),
         Workload("tiny-t2i", "tiny", 32, text_tokens=8),
