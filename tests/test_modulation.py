@@ -13,7 +13,7 @@ from conftest import attributes, crash_between_and_within_steps, embeds, make_pi
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 import fluxfire
-from fluxfire.modulation import ModulationStats
+from fluxfire.modulation_rows import ModulationStats
 
 FLUX1 = [name for name, case in CASES.items() if case.family == "FLUX.1"]
 

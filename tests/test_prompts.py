@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import fluxfire
-from fluxfire import demo, prompts
+from fluxfire import demo
 from fluxfire.prompts import PromptStats, Waiting
 
 TEAPOT, APPLE, BOOK = "teapot, noto style", "red apple, noto style", "book, twemoji style"
@@ -173,8 +174,8 @@ def test_threads_get_what_they_asked_for(pipe: Any) -> None:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs seem to be on another device than the weights."""
-    monkeypatch.setattr(prompts, "_device_of", lambda inputs: torch.device("cpu:0"))
+    """The pipeline seems to work on another device than the weights'."""
+    monkeypatch.setattr(Waiting, "_device", lambda self: torch.device("cpu:0"))
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -225,13 +226,38 @@ def test_weights_written_while_they_wait_are_used(pipe: Any) -> None:
     assert same(encode(pipe), changed)
 
 
+def test_inputs_in_host_memory_follow_the_weights_and_outputs_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers gives them: it sends inputs to where an encoder's weights are."""
+    layer, places = torch.nn.Linear(4, 4), []
+    waiting = Waiting(layer, make_pipe())
+    monkeypatch.setattr(Waiting, "_device", lambda self: torch.device("cpu:0"))
+    given, out = torch.ones(1, 4), {"made": (torch.ones(2), None)}
+    moved = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: (places.append((x.shape, a[0])), moved(x, *a, **k))[1])
+    made = waiting.around_forward(lambda x, mask, more: out, given, mask=torch.ones(1, 3), more="text")
+    assert made["made"][1] is None and torch.equal(made["made"][0], out["made"][0])
+    expected = [((1, 4), "cpu:0"), ((1, 3), "cpu:0"), ((4, 4), "cpu:0"), ((4,), "cpu:0"), ((2,), "cpu")]
+    assert [(tuple(shape), str(device)) for shape, device in places] == expected
+
+
+def test_the_device_is_the_pipelines_also_when_it_is_gone() -> None:
+    pipe = make_pipe()
+    waiting = Waiting(torch.nn.Linear(4, 4), pipe)
+    pipe.transformer.to("meta")
+    pipe.vae.to("meta")
+    assert waiting._device() == torch.device("meta")
+    del pipe
+    gc.collect()
+    assert waiting._device() == torch.device("cpu")
+
+
 def test_a_failure_lets_go_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = torch.nn.Linear(4, 4)
-    waiting = Waiting(layer)
+    layer, pipe = torch.nn.Linear(4, 4), make_pipe()
+    waiting = Waiting(layer, pipe)
     waiting.leave()
     host = layer.weight.data_ptr()
     for place in ("cpu:0", "meta"):  # it fails while it runs, and while weights are brought
-        monkeypatch.setattr(prompts, "_device_of", lambda inputs, place=place: torch.device(place))
+        monkeypatch.setattr(Waiting, "_device", lambda self, place=place: torch.device(place))
         with pytest.raises(RuntimeError):
             waiting.around_forward(layer.forward, torch.ones(3))
         assert layer.weight.data_ptr() == host

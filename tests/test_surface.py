@@ -21,6 +21,7 @@ PARTS = {
     "blocks",
     "linear",
     "run",
+    "seal",
     "stats",
     "setting",
 }  # what steps are made of; the rest are steps
@@ -28,7 +29,8 @@ PARTS = {
 MEGACACHE = {"aot", "artifacts", "environment", "graphs", "megacache", "share", "structure", "torch_cache"}
 # The files of one step know each other.
 KERNELS = {"fused_blocks", "fused_kernels", "kernels", "triton_kernels"}
-TOGETHER = [KERNELS, {"cache", "first_block", "forecast", "paraattn", "schedule"}, {"compile", *MEGACACHE}]
+MODULATION = {"modulation", "modulation_rows"}
+TOGETHER = [KERNELS, MODULATION, {"cache", "first_block", "forecast", "paraattn", "schedule"}, {"compile", *MEGACACHE}]
 
 
 def imports(path: Path) -> set[str]:
@@ -94,7 +96,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1590  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 6156
+    assert sum(lines.values()) - sum(ahead.values()) <= 6340
 
 
 def test_functions_stay_short() -> None:

@@ -169,7 +169,7 @@ class FusedKernels:
     def before_call(self, *_: object) -> None:
         """Before a denoiser call: looks whether all blocks are still what is written out."""
         for block in self._blocks:
-            if block not in self._seals or not self._seals[block].unbroken():
+            if self._reasons.get(block) or block not in self._seals or not self._seals[block].unbroken():
                 self._seals[block] = _sealed(block)
                 reason = self._reasons[block] = _odd(block) or ""
                 block.plain = bool(reason)

@@ -110,11 +110,11 @@ def plan_pipeline(
     """
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
-    if static_blocks is None:
-        static_blocks = has_static_blocks(pipe)
+    static_blocks = has_static_blocks(pipe) if static_blocks is None else static_blocks
     # What nobody asked for is left out without a word where it does not fit.
     ours = {"fused_qkv": fuse_qkv, "fused_kernels": fused_kernels, "modulation_table": modulation}
     ours = {name: offload is None and _on_hopper(pipe) for name, wish in ours.items() if wish is None}
+    rows = modulation if isinstance(modulation, str) else "gpu"
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
     graphs = {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache, "share": share}
@@ -127,10 +127,7 @@ def plan_pipeline(
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
-        "modulation_table": (
-            ours.get("modulation_table", modulation),
-            {"weights": modulation if isinstance(modulation, str) else "gpu"},
-        ),
+        "modulation_table": (ours.get("modulation_table", modulation), {"weights": rows}),
         "prompts": (prompts, {"encoders": "stay" if prompts is True else prompts}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
@@ -142,14 +139,12 @@ def plan_pipeline(
         kind = "approximate" if attention in APPROXIMATE and name == "attention" else RECIPES[name].kind
         step = Step(name, kind, tuple(wanted[name].items()))
         reason = refusal(step, (*applied, *steps)) or RECIPES[name].check(pipe, **wanted[name])
-        if reason and name in ours:
-            continue
-        if reason and strict:
-            raise StepError(f"{name}: {reason}")
-        if reason:
-            skips.append(Skip(name, reason))
-        else:
+        if reason is None:
             steps.append(step)
+        elif strict and name not in ours:
+            raise StepError(f"{name}: {reason}")
+        elif name not in ours:
+            skips.append(Skip(name, reason))
     return Plan(tuple(steps), tuple(skips))
 
 

@@ -7,7 +7,6 @@ seeds, an edit of many pictures and a server's favourites run no encoder at all.
 With encoders="cpu" their weights are on the accelerator only while they run: 9 GiB less for the rest of a picture, and
 what a new prompt costs is their way over the bus. It is `apply_offload(pipe, "model")` for those parts alone; the
 denoiser stays where it is. Their forward brings them, so pipelines that share the encoders work as before.
-The weights are the same to the bit; on a GPU the outputs may differ by roundings (docs/steps/prompts.md).
 
 Remembered is by all that `encode_prompt` is given, the device, and FLUX.2's system message. Other encoders, tokenizers
 and weights forget all: 32 numbers of each weight are compared, since peft fuses a LoRA without a trace in torch's
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fluxfire.blocks import denoiser_of, offload_hook
+from fluxfire.blocks import denoiser_of, offload_hook, tensors_in
 from fluxfire.errors import ArgumentError
 from fluxfire.patches import applying
 from fluxfire.plan import Step
@@ -108,7 +108,7 @@ def apply_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> An
         state = Prompts(pipe, entries)
         if encoders == "cpu":
             for encoder in _encoders(pipe).values():
-                waiting = Waiting(encoder)
+                waiting = Waiting(encoder, pipe)
                 handle.patch.on_undo(waiting.put_back)
                 waiting.leave()
                 handle.patch.wrap(encoder, "forward", waiting.around_forward)
@@ -190,10 +190,10 @@ class Prompts:
 
 
 class Waiting:
-    """An encoder whose weights wait in host memory, and are on the device of its inputs while it runs."""
+    """An encoder whose weights wait in host memory, and are on the pipeline's device while it runs."""
 
-    def __init__(self, encoder: nn.Module) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: nn.Module, pipe: Any) -> None:
+        self._encoder, self._pipe = encoder, weakref.ref(pipe)
         self._before = {tensor: tensor.device for tensor in self._tensors()}
         self._lock = threading.RLock()
         self.brought = 0
@@ -210,10 +210,15 @@ class Waiting:
                 tensor.data = torch.empty_like(tensor.data, device="cpu", pin_memory=pin).copy_(tensor.data)
 
     def around_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Brings the weights, runs, and lets go of them."""
-        device = _device_of([*args, *kwargs.values()])
+        """Brings the weights, runs, and lets go of them.
+
+        Pipelines send inputs to where an encoder's weights are (diffusers 0.42), here to host memory, and there they
+        expect the outputs.
+        """
+        device, inputs = self._device(), tensors_in([*args, *kwargs.values()])
+        args, kwargs = _moved(args, device), _moved(kwargs, device)
         with self._lock:  # another thread may have them on the device just now, and take them off
-            away = [tensor for tensor in self._tensors() if device is not None and tensor.device != device]
+            away = [tensor for tensor in self._tensors() if tensor.device != device]
             if not away:
                 return forward(*args, **kwargs)
             host = [tensor.data for tensor in away]
@@ -222,10 +227,17 @@ class Waiting:
                     for tensor in away:
                         tensor.data = tensor.data.to(device, non_blocking=True)
                 self.brought += 1
-                return forward(*args, **kwargs)
+                made = forward(*args, **kwargs)
+                return _moved(made, inputs[0].device) if inputs else made
             finally:
                 for tensor, value in zip(away, host, strict=True):
                     tensor.data = value
+
+    def _device(self) -> torch.device:
+        """Where the pipeline works; without it, where the weights were."""
+        pipe = self._pipe()
+        device: torch.device = next(iter(self._before.values())) if pipe is None else pipe._execution_device
+        return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
 
     def put_back(self) -> None:
         """To the device on which the weights were."""
@@ -235,8 +247,13 @@ class Waiting:
                 tensor.data = tensor.data.to(self._before.get(tensor, first))
 
 
-def _device_of(inputs: list[Any]) -> torch.device | None:
-    return next((value.device for value in inputs if isinstance(value, torch.Tensor)), None)
+def _moved(value: Any, device: torch.device) -> Any:
+    """Also what is in tuples, dicts and transformers' outputs."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return type(value)(**{name: _moved(part, device) for name, part in value.items()})
+    return type(value)(_moved(part, device) for part in value) if type(value) in (tuple, list) else value
 
 
 def _encoders(pipe: Any) -> dict[str, Any]:
