@@ -158,16 +158,15 @@ def test_ablations_apply_what_their_names_say() -> None:
         variants.VARIANTS[name].apply(pipe, 5)  # nothing is compiled before the first call
         return {step.name: dict(step.settings) for step in fluxfire.report(pipe).steps}
 
-    whole = steps("stack")
-    assert list(whole) == ["memory_format", "fused_qkv", "compile"]
-    assert (whole["compile"]["mode"], whole["compile"]["vae"]) == ("max-autotune-no-cudagraphs", True)
-    assert set(dict(whole["compile"]["options"])) == {
-        *("conv_1x1_as_mm", "epilogue_fusion", "coordinate_descent_tuning", "coordinate_descent_check_all_directions")
-    }
-    assert list(steps("without:fused_qkv")) == ["memory_format", "compile"]
+    whole, vae = steps("stack"), steps("stack+vae")
+    assert (list(whole), list(vae)) == (["fused_qkv", "compile"], ["memory_format", "fused_qkv", "compile"])
+    assert (whole["compile"]["mode"], whole["compile"]["vae"]) == ("max-autotune-no-cudagraphs", False)
+    flags = {"epilogue_fusion", "coordinate_descent_tuning", "coordinate_descent_check_all_directions"}
+    assert set(dict(whole["compile"]["options"])) == flags
+    assert vae["compile"]["vae"] and set(dict(vae["compile"]["options"])) == flags | {"conv_1x1_as_mm"}
+    assert list(steps("without:fused_qkv")) == ["compile"]
     assert steps("without:max-autotune-no-cudagraphs")["compile"]["mode"] == "default"
     assert "epilogue_fusion" not in dict(steps("without:epilogue_fusion=False")["compile"]["options"])
-    assert list(steps("without:compile")) == ["memory_format", "fused_qkv"]
     alone = steps("only:compile+shape_padding=False")
     assert list(alone) == ["compile"] and alone["compile"]["options"] == (("shape_padding", False),)
 

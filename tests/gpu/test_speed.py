@@ -40,6 +40,21 @@ def weights_gib(pipe: Any) -> float:
     return sum(p.nbytes for p in pipe.transformer.parameters() if p.is_cuda) / GIB
 
 
+def test_the_defaults_where_they_were_measured(pipe: Any, baseline: torch.Tensor) -> None:
+    """On a Hopper GPU, without a word; with an offload, none of them."""
+    assert torch.cuda.get_device_capability() == (9, 0), "decide by measuring what is on by default here"
+    ours = {"fused_qkv", "fused_kernels", "modulation_table"}
+    assert ours.isdisjoint(step.name for step in fluxfire.plan_pipeline(pipe, offload="model").steps)
+    fluxfire.optimize_pipeline(pipe, cache_threshold=None, megacache=None)
+    assert {step.name for step in fluxfire.report(pipe).steps} == ours | {"compile"}
+    assert not fluxfire.report(pipe).skips
+    out = run(pipe)
+    print("defaults", relative(out, baseline))
+    assert relative(out, baseline) < 0.05
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
 @pytest.mark.parametrize("backend", ["auto", "cudnn", "flash"])
 def test_attention_is_as_exact_as_before(pipe: Any, baseline: torch.Tensor, backend: str) -> None:
     fluxfire.apply_attention(pipe, backend)
