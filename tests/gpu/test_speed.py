@@ -68,6 +68,7 @@ def test_attention_is_as_exact_as_before(pipe: Any, baseline: torch.Tensor, back
 
 @pytest.mark.parametrize("weights", ["gpu", "cpu"])
 def test_the_modulation_table_at_full_size(pipe: Any, baseline: torch.Tensor, weights: str) -> None:
+    torch._dynamo.reset()
     before = weights_gib(pipe)
     fluxfire.apply_compile(pipe, megacache=None)
     fluxfire.apply_cache(pipe, 0)
