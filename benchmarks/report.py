@@ -23,8 +23,8 @@ from fluxfire.bench.workloads import GUIDANCE
 ROOT: Final = Path(__file__).parent.parent
 PLOT: Final = "assets/benchmarks.png"
 FULL: Final = {"t2i-1024": "Text to image, 1024x1024", "kontext-1024": "Kontext edit, 1024x1024"}
-FULL_512: Final = {"t2i-512": "Text to image, 512x512"}
-TITLES: Final = FULL | FULL_512
+OTHER_SIZES: Final = {"t2i-512": "Text to image, 512x512", "t2i-2048": "Text to image, 2048x2048"}
+TITLES: Final = FULL | OTHER_SIZES
 
 FIGURE: Final = re.compile(r"[0-9.]+%?<!--(\S+) (\S+) (\S+) (\S+)-->")
 FIGURE_OF: Final = "NVIDIA H100 80GB HBM3"
@@ -120,6 +120,8 @@ def is_ablation(row: results.Row) -> bool:
 def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
     """Rows that belong into one table: same GPU, workload, batch and steps. One row a variant: the newest.
 
+    A run without errors leaves those of an older row, which are of the same calls.
+
     Of limits the fastest, which all rows are compared with; eager rows of other processes only where there is none of a
     main process.
     """
@@ -133,7 +135,8 @@ def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
             if row["variant"] not in rows or not (slower or row["beside"]):
                 marks = {"host": bound_by_host(row), "guidance": run.get("guidance", 3.5)}
                 encoded = row["encode_s"] if row["workload"].startswith("kontext") else None
-                rows[row["variant"]] = row | marks | {"encode_s": encoded}
+                error = row["rel_error"] or rows.get(row["variant"], {}).get("rel_error")
+                rows[row["variant"]] = row | marks | {"encode_s": encoded, "rel_error": error}
     for rows in tables.values():
         for name, row in rows.items():
             if "limit" in rows and name != "limit" and row["ms_computed"]:
@@ -167,7 +170,8 @@ def failed(rows: Iterable[results.Row]) -> list[str]:
 def section(name: tuple[Any, ...], rows: list[results.Row]) -> list[str]:
     """One workload: speed, then stages and energy."""
     gpu, workload, batch, steps = name
-    parts = [f"## {TITLES[workload]}, batch {batch}\n\n{gpu}, {steps} steps."]
+    where = "" if gpu == FIGURE_OF else f", {gpu}"
+    parts = [f"## {TITLES[workload]}, batch {batch}{where}\n\n{gpu}, {steps} steps."]
     parts.append(table(rows, SPEED))
     parts += [f"The limit: {row['what']}." for row in rows if row["variant"] == "limit" and row["what"]]
     parts.append(table([row for row in rows if row["variant"] != "limit"], BUSY))
@@ -179,13 +183,21 @@ def section(name: tuple[Any, ...], rows: list[results.Row]) -> list[str]:
     return [*parts, "\n".join([*what, *failed(rows)])]
 
 
+def whole(rows: list[results.Row]) -> list[results.Row]:
+    """Those that are no ablation's; none where only its limit and eager are left."""
+    kept = [row for row in rows if not is_ablation(row)]
+    return kept if any(row["variant"] not in ("limit", "eager") for row in kept) else []
+
+
 def ablation(tables: dict[tuple[Any, ...], list[results.Row]]) -> list[str]:
     """The rows of single steps and flags, beside what was claimed for them."""
     parts = []
     for (gpu, workload, batch, steps), rows in tables.items():
         if any(is_ablation(row) for row in rows):
             lines = [f"{gpu}, {TITLES[workload]}, batch {batch}, {steps} steps.", ""]
+            rows = [row for row in rows if is_ablation(row) or row["variant"] == "eager"]
             columns = [column for column in SPEED if column[1] not in ("rel_error", "ratio_to_limit")]
+            columns += [("decode s", "decode_s", ".3f"), ("first decode s", "first_decode_s", ".1f")]
             of = table(rows, columns).split("\n")
             claims = [CLAIMS.get(str(row["variant"]).split(":")[-1], "") for row in rows if row["ms_computed"]]
             ends = [" article's claim |", "---|", *(f" {claim} |" for claim in claims)]
@@ -200,7 +212,7 @@ def document(folder: Path) -> str:
     tables = groups(found)
     parts = [INTRO.rstrip()]
     for name, rows in tables.items():
-        if not any(is_ablation(row) for row in rows):
+        if rows := whole(rows):
             parts += section(name, rows)
     parts += ablation(tables)
     runs = {json.dumps(run): run for run, row in found if row["workload"] in TITLES}
@@ -235,13 +247,14 @@ def pages() -> list[Path]:
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Seconds a picture, stage by stage, a panel for each workload; a line where the limit of 28 computed steps is."""
+    """Seconds a picture of 28 steps by stage, a panel for each workload and GPU; a line where the limit is."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    tables = {name: rows for name, rows in groups(load(folder)).items() if not any(is_ablation(row) for row in rows)}
+    tables = {name: kept for name, rows in groups(load(folder)).items() if (kept := whole(rows))}
+    tables = {name: rows for name, rows in tables.items() if name[2:] == (1, 28)}
     drawn = {name: [row for row in rows if row["s_picture"]] for name, rows in tables.items()}
     heights = [len(rows) for rows in drawn.values()]
     size = (8, 1.1 + 0.36 * sum(heights) + 0.75 * len(heights))

@@ -227,3 +227,17 @@ def test_the_report_says_first_whether_pictures_differ(pipe: Any) -> None:
     fluxfire.restore_pipeline(pipe)
     fluxfire.optimize_pipeline(pipe, cache_threshold=None)
     assert "up to rounding" in str(fluxfire.report(pipe)).splitlines()[0]
+
+
+def test_what_is_on_by_default_on_some_gpus_is_left_out_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(**knobs: Any) -> tuple[set[str], set[str]]:
+        made = fluxfire.plan_pipeline(make_pipe(FluxPipeline), cache_threshold=None, compile=False, **knobs)
+        return {step.name for step in made.steps}, {skip.name for skip in made.skips}
+
+    assert plan() == (set(), set())
+    monkeypatch.setattr("fluxfire.optimize._on_hopper", lambda pipe: True)
+    ours = {"fused_qkv", "modulation_table"}  # the fused kernels need a GPU in earnest
+    assert plan() == plan(strict=True) == (ours, set())
+    assert plan(fuse_qkv=False, modulation=False) == (set(), set())
+    assert plan(fused_kernels=True) == (ours, {"fused_kernels"})
+    assert ours.isdisjoint(plan(offload="model")[0])
