@@ -57,7 +57,7 @@ def find_schedule(
         computed: how many steps.
         extrapolate: what `apply_cache` will get.
         warmup_steps: the first steps, computed in any case. An error there turns the whole way: on the embedded model's
-            edits a schedule free to skip the second step lost 8 dB, and the costs hardly see that.
+            edits a schedule free to skip the second step lost 7 dB, and the costs hardly see that.
         call: arguments of every call, such as `{"num_inference_steps": 28}`.
         seed: picture i is made from the noise of seed + i.
 
