@@ -10,13 +10,15 @@ caches of torch and Triton, once with the checkpoint in the page cache and once 
 
 - `imports_s`: process start (the interpreter's too) until torch, diffusers and fluxfire are imported, from the bytecode
   that an earlier process wrote;
-- `weights_s`: `from_pretrained(..., device_map=...)`, until the weights are on the device;
+- `weights_s`: `from_pretrained(..., device_map=...)`, until the weights are on the device, and quantized if they are;
 - `artifacts_s`: what came on top of eager before the first step: `apply_compile`, and what the first step waited for
   artifacts (`load_s` is what loading them took, whichever thread did it);
 - `first_step_s`: a call of one step, without that waiting, compilation included;
 - `total_s`: process start to the end of the first step; the sum of these.
 
-`ms_computed` is a later step: (a call of 7 steps - a call of 1) / 6, the better of two.
+`ms_computed` is a later step: (a call of 7 steps - a call of 1) / 6, the better of two. `peak_gib` and `host_gib`: the
+most that tensors held on the GPU, and the process in memory, until the end of the first step. "quantized" and
+"prepared" are in float8 and uncompiled: quantized at each start, or saved once (`save_quantized`) and loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -41,10 +44,13 @@ VARIANTS: dict[str, tuple[str, str | None, bool]] = {
     "prefetch": ("fluxfire", "store", True),
     "traced": ("fluxfire", None, False),
     "diffusers": ("diffusers", None, False),
+    "quantized": ("", None, False),
+    "prepared": ("", None, False),
 }
 ORDER = (
     *(("eager", "warm"), ("kept", "warm"), ("prefetch", "warm"), ("eager", "cold"), ("prefetch", "cold")),
     *(("store", "warm"), ("diffusers", "warm"), ("traced", "warm"), ("store", "cold")),
+    *(("quantized", "warm"), ("prepared", "warm"), ("quantized", "cold"), ("prepared", "cold")),
     *(("eager", "warm"), ("prefetch", "warm"), ("eager", "cold"), ("prefetch", "cold")),  # again, while there is time
 )
 COLUMNS = ("imports_s", "weights_s", "artifacts_s", "first_step_s", "total_s", "traced_graphs", "ms_computed")
@@ -186,7 +192,7 @@ def measure(variant: str, started: float, folder: Path, device: str, size: int) 
     """One variant, in a process that began at `started` (seconds since the epoch)."""
     clock = _Clock(started)
     compiler, store, prefetched = VARIANTS[variant]
-    if compiler == "fluxfire":
+    if compiler == "fluxfire" or variant in ("quantized", "prepared"):
         import fluxfire
 
         if prefetched:
@@ -195,12 +201,17 @@ def measure(variant: str, started: float, folder: Path, device: str, size: int) 
     from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: F401  the pipeline imports transformers
 
     row: dict[str, Any] = {"imports_s": clock.lap()}
-    weights = folder / "checkpoint"
-    transformer = FluxTransformer2DModel.from_pretrained(weights, torch_dtype=torch.bfloat16, device_map=device)
+    if variant == "prepared":
+        transformer = fluxfire.load_quantized(folder / "prepared", device)
+    else:
+        weights = folder / "checkpoint"
+        transformer = FluxTransformer2DModel.from_pretrained(weights, torch_dtype=torch.bfloat16, device_map=device)
+    pipe = pipeline(transformer.eval().requires_grad_(False))
+    if variant == "quantized":
+        fluxfire.apply_quantization(pipe, "float8", keep_original=None)
     if device == "cuda":
         torch.cuda.synchronize()
     row["weights_s"] = clock.lap()
-    pipe = pipeline(transformer.eval().requires_grad_(False))
     if compiler == "fluxfire":
         fluxfire.apply_compile(pipe, megacache=folder / store if store else None)
     elif compiler == "diffusers":
@@ -209,6 +220,8 @@ def measure(variant: str, started: float, folder: Path, device: str, size: int) 
     out = picture(pipe, size, 1)
     row["first_step_s"] = clock.lap()
     row["total_s"] = round(time.time() - started, 2)
+    row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None
+    row["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     if compiler == "fluxfire" and (artifacts := dict(fluxfire.report(pipe).other).get("megacache")):
         row["artifacts_s"] = round(row["artifacts_s"] + artifacts.waited_s, 2)
         row["first_step_s"] = round(row["first_step_s"] - artifacts.waited_s, 2)
@@ -219,6 +232,8 @@ def measure(variant: str, started: float, folder: Path, device: str, size: int) 
     row |= _difference(out, folder / "eager.pt", torch)
     calls = [(_seconds(lambda: picture(pipe, size, 7)), _seconds(lambda: picture(pipe, size, 1))) for _ in range(2)]
     row["ms_computed"] = round(min(seven - one for seven, one in calls) / 6 * 1e3, 1)
+    if variant == "quantized":
+        fluxfire.save_quantized(pipe, folder / "prepared")
     return row
 
 
@@ -279,7 +294,7 @@ def rows(
         if (left := deadline - time.time()) < longest.get(state, 0) + (0 if options.tiny else 25 * compiles):
             continue
         start = time.time()
-        share = set_page_cache(folder / "checkpoint", state)
+        share = set_page_cache(folder / ("prepared" if variant == "prepared" else "checkpoint"), state)
         row = child([*given, "--variant", variant], folder, max(left, 5))
         if not compiles:
             longest[state] = max(longest.get(state, 0), 1.1 * (time.time() - start))
