@@ -39,6 +39,10 @@ def test_every_call_of_every_class_takes_its_rows_from_one_table_a_branch(name: 
         assert told.tables == runs * case.branches and told.kept_bytes > 0
 
 
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @pytest.mark.parametrize("weights", ["gpu", "cpu"])
 def test_layers_compute_once_a_run_and_all_is_as_before(pipe: Any, weights: str, calls: Callable[..., Any]) -> None:
     baseline, before = run(pipe, batch=2), attributes(pipe)
@@ -46,13 +50,15 @@ def test_layers_compute_once_a_run_and_all_is_as_before(pipe: Any, weights: str,
     layer = pipe.transformer.single_transformer_blocks[0].norm.linear
     fluxfire.apply_modulation_table(pipe, weights=weights)
     assert {name: tensor.data_ptr() for name, tensor in pipe.transformer.state_dict().items()} == saved
-    entered, embedded = calls(layer), calls(pipe.transformer.time_text_embed.timestep_embedder.linear_1)
+    entered, tembs = calls(layer), set()
     given: list[dict[str, Any]] = []
     first = pipe.transformer.transformer_blocks[0]
-    look = first.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
-    assert near(run(pipe, batch=2), baseline) and (entered, embedded) == ([0], [1])
-    look.remove()
-    # Text and positions are the same objects in all steps.
+    looks = [first.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)]
+    looks += [pipe.transformer.norm_out.register_forward_pre_hook(lambda _, args: tembs.add(storage(args[1])))]
+    assert near(run(pipe, batch=2), baseline) and (entered, len(tembs)) == ([0], 1)
+    for look in looks:
+        look.remove()
+    # Text and positions are the same objects in all steps, and all of temb is one tensor.
     assert len(given) == 6 and len({id(kwargs["encoder_hidden_states"]) for kwargs in given}) == 1
     assert len({id(kwargs["image_rotary_emb"]) for kwargs in given}) == 1
     # 6 steps x 2 samples x (2 double blocks x 12 + 2 single ones x 3 + temb) x 32 channels, in float32 as all here.
@@ -150,6 +156,74 @@ def test_weights_written_to_in_mid_run_are_read_anew() -> None:
     baseline = run(pipe, callback_on_step_end=write)
     fluxfire.apply_modulation_table(other)
     assert near(run(other, callback_on_step_end=write), baseline) and stats(other).tables == 2
+
+
+def test_parameters_put_in_the_place_of_a_modulation_layers_are_its_own_and_stay() -> None:
+    pipe, other = make_pipe(FluxPipeline), make_pipe(FluxPipeline)
+    new = {name: 1.5 * value for name, value in pipe.transformer.state_dict().items()}
+    fluxfire.apply_modulation_table(other)
+    run(other)
+    for one in (pipe, other):
+        one.transformer.load_state_dict(new, assign=True)
+    assert near(run(other), run(pipe))
+    fluxfire.restore_pipeline(other)
+    assert torch.equal(run(other), run(pipe))
+
+
+def scaled(module: torch.nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+    module.calls = getattr(module, "calls", 0) + 1  # type: ignore[assignment, operator]
+    return out * (1 + 0.1 * module.calls)  # type: ignore[operator]
+
+
+def hook_on_text(pipe: Any) -> Any:
+    return pipe.transformer.context_embedder.register_forward_hook(scaled)
+
+
+def hook_within_time(pipe: Any) -> Any:
+    return pipe.transformer.time_text_embed.timestep_embedder.linear_1.register_forward_hook(scaled)
+
+
+def positions_of_ones_own(pipe: Any) -> Any:
+    class Own(type(pipe.transformer.pos_embed)):  # type: ignore[misc]
+        calls = 0
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            self.calls += 1
+            return super().forward(ids * (1 + 0.1 * self.calls))
+
+    pipe.transformer.pos_embed = Own(10000, pipe.transformer.pos_embed.axes_dim)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [hook_on_text, hook_within_time, positions_of_ones_own])
+def test_embedders_that_do_something_else_are_computed_in_each_step(change: Callable[[Any], Any], when: str) -> None:
+    pipe, other = make_pipe(FluxPipeline), make_pipe(FluxPipeline)
+    plain = run(pipe)
+    change(pipe)
+    if when == "before":
+        change(other)
+    fluxfire.apply_modulation_table(other)
+    if when == "after":
+        assert near(run(other), plain)
+        change(other)
+    assert near(run(other), run(pipe)) and not near(run(pipe), plain)
+
+
+def test_a_lora_on_the_text_embedder_is_scaled_in_mid_run() -> None:
+    pipe, other = make_pipe(FluxPipeline), make_pipe(FluxPipeline)
+    generator = torch.Generator().manual_seed(3)
+    key = "transformer.context_embedder"
+    lora = {f"{key}.lora_A.weight": torch.randn(2, 32, generator=generator)}
+    lora[f"{key}.lora_B.weight"] = torch.randn(32, 2, generator=generator)
+
+    def scale(of: Any, step: int, _timestep: Any, kwargs: Any) -> Any:
+        of.set_adapters("default", 0.5 + step)
+        return kwargs
+
+    fluxfire.apply_modulation_table(other)
+    for one in (pipe, other):
+        one.load_lora_weights(dict(lora), adapter_name="default")
+    assert near(run(other, callback_on_step_end=scale), run(pipe, callback_on_step_end=scale))
 
 
 def test_a_swapped_scheduler_is_followed(pipe: Any) -> None:

@@ -224,7 +224,8 @@ def _rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested lists and tuples."""
+    """All tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]

@@ -9,10 +9,9 @@ The three weights become *views* of one tensor, parameter objects stay the same.
 `save_pretrained` give the unfused layout, and what is written into a weight in place (a LoRA fused into it) is in the
 product at once. The tensor is registered nowhere; `attn.to_qkv` is a plain callable, which diffusers' processors call.
 
-What it costs: applying copies these weights once, 4 GiB of FLUX.1's 12 B bf16 parameters, a group at a time. Every
-denoiser call looks first whether the weights are still the views (0.3 ms for 76 groups). `.to()`,
-`load_state_dict(assign=True)` and `fuse_lora(safe_fusing=True)` put others in their place: then a group is fused again
-before it runs, and counted. For inference: gradients do not reach the three weights.
+What it costs: applying copies these weights once, 4 GiB of FLUX.1's 12 B bf16 parameters, a group at a time. Each call
+looks whether they are still the views. `.to()`, `load_state_dict(assign=True)`, `fuse_lora(safe_fusing=True)` put other
+weights there: then a group is fused again before it runs, and counted. Gradients do not reach the three weights.
 
 Layers that fluxfire quantized before are fused as such: 8-bit weight and scales below each other, still one copy.
 
@@ -116,7 +115,8 @@ class FusedProjection:
         seal.hold_unhooked(self._linears)
         for module in self._path:
             seal.hold(vars(module), "_hf_hook", "_diffusers_hook")
-            seal.hold_empty(_registered(module))
+            if "_diffusers_hook" in vars(module):
+                seal.hold_empty(_registered(module))
         for owner, key, part, _ in self._views:
             seal.hold(owner, key)
             seal.hold_addresses([] if part is None else [part])
@@ -218,6 +218,7 @@ class FusedProjections:
         try:
             return apply(*args, **kwargs)
         finally:
+            self._seals.clear()
             for one in self._projections:
                 if not one.tied():
                     one.release()

@@ -182,6 +182,7 @@ def _sealed(block: Any) -> Seal:
     seal.hold_children(block)
     seal.hold_unhooked(list(block.modules())[1:])
     seal.hold(vars(block.attn), "processor")
+    seal.hold(vars(block.attn.processor), "_parallel_config")
     return seal
 
 

@@ -14,6 +14,10 @@ count steps. Each call compares its timestep and guidance with the row's on the 
 reads the outcome, the last one of a run its own. A call that belongs to no row (another conditioning is a row of its
 own, `run.py`) gets its modulation from its own `temb`, one product a layer as before.
 
+Each call looks whether modules, parameters, hooks and writes are as before. Values written through `.data`, or into
+tensors made in inference mode, leave no trace: in mid-run they go unnoticed. Embedders of another class, with a hook or
+an adapter are computed in each step.
+
 It steps back, for good and with the reason in the report, when an adapter is put on one of these layers. FLUX.2's
 blocks share one modulation, FLUX.3's differs by token: nothing to gain.
 """

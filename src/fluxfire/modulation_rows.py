@@ -22,6 +22,7 @@ from fluxfire.plan import Handle
 from fluxfire.run import Call, RunReader, Seen, at_last_step, same, seen
 from fluxfire.seal import Seal
 
+_MOVERS: Final = {"_hf_hook", "_diffusers_hook"}  # accelerate's and diffusers' hooks, by their attributes
 EMBEDDERS: Final = ("time_text_embed", "context_embedder", "pos_embed")  # of the denoiser, before its blocks
 _OTHER: Final = (
     "modulation_table: a denoiser call had another timestep or guidance than the scheduler and the run's first call "
@@ -83,6 +84,8 @@ class Modulation:
         self._silus = {norm: norm.silu for norms in self._norms for norm in norms}
         self._given: dict[Any, Given] = {}
         self._seal: Seal | None = None
+        self._other_forwards = {name for name in EMBEDDERS if "forward" in vars(getattr(self._denoiser, name))}
+        self._embedders: set[str] = set()  # those that can be remembered, as of the seal
         self._waits = False  # whether the weights are in host memory while the denoiser is elsewhere
         self._reader: RunReader[_Table] = RunReader(pipe, family, _Table)
         self._signature = inspect.signature(self._denoiser.forward)
@@ -116,6 +119,7 @@ class Modulation:
 
     def put_back(self) -> None:
         """Each layer in its place, beneath an adapter that came meanwhile."""
+        self._follow()
         for norms, layers in zip(self._norms, self._layers, strict=True):
             for norm, layer in zip(norms, layers, strict=True):
                 ours = self._given.pop(norm, None)
@@ -127,6 +131,13 @@ class Modulation:
                 norm._modules["silu"] = self._silus[norm]
                 for part in layer.parameters() if self._waits else ():
                     part.data = part.data.to(self._denoiser.x_embedder.weight.device)  # where it is now
+
+    def _follow(self) -> None:
+        """Gives the layers the weights that somebody put in the place of theirs: `load_state_dict(assign=True)`."""
+        for norms, layers in zip(self._norms, self._layers, strict=True):
+            for norm, layer in zip(norms, layers, strict=True):
+                if given := self._given.get(norm):
+                    layer._parameters |= given._parameters
 
     def around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Finds this call's rows, making the table at the first one, and calls on."""
@@ -140,6 +151,8 @@ class Modulation:
                 )
                 self.put_back()
                 return forward(*args, **kwargs)
+            self._follow()
+            self._embedders = {name for name in EMBEDDERS if self._computes_as_made(name)}
             self._seal = self._sealed()
         call = self._reader.read(args, kwargs)
         inputs = self._signature.bind(*args, **kwargs).arguments
@@ -154,7 +167,7 @@ class Modulation:
     def around_embedder(self, name: str, embedder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`temb` of the table; what text and positions are embedded to, computed in a run's first call."""
         rows = getattr(self._local, "rows", None)
-        if not rows:
+        if not rows or name not in self._embedders:
             return embedder(*args, **kwargs)
         if name == "time_text_embed":
             return rows[-1]
@@ -221,10 +234,12 @@ class Modulation:
         """The rows of this and all later steps, where this call's timestep is one of the scheduler's."""
         table.seal, table.first, table.rows, table.embedded = self._seal, call.step, [], {}
         table.odd = table.event = None
+        if "time_text_embed" not in self._embedders:
+            return
         timestep, guidance, pooled = inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"]
         embed = self._denoiser.time_text_embed
         known = getattr(self._scheduler, "timesteps", None)
-        if not isinstance(known, torch.Tensor) or any(hasattr(module, "base_layer") for module in embed.modules()):
+        if not isinstance(known, torch.Tensor):
             return
         known = known.to(timestep.device).to(timestep.dtype) / 1000  # as the pipelines round it
         found = (known == timestep[0]).flatten().nonzero().flatten().tolist()
@@ -238,17 +253,30 @@ class Modulation:
         given = [times] if guidance is None else [times, (guidance.to(dtype) * 1000).expand(batch).repeat(steps)]
         temb = embed(*given, pooled.repeat(steps, 1))  # (S B, D)
         activated = nn.functional.silu(temb)
-        for number in range(len(self.blocks)):
-            table.rows.append(self._numbers(number, activated).view(steps, batch, -1))
-        table.rows.append(temb.view(steps, batch, -1))
+        made = [*(self._numbers(number, activated) for number in range(len(self.blocks))), temb]
+        table.rows = [row.view(steps, batch, -1) for row in made]  # all or none: memory may have ended
         self._tables += 1
+
+    def _computes_as_made(self, name: str) -> bool:
+        """Whether an embedder is of torch's or diffusers' classes, and nothing acts on it but what moves weights."""
+        embedder = getattr(self._denoiser, name)
+        return name not in self._other_forwards and not any(
+            not type(part).__module__.startswith(("torch.nn.", "diffusers."))
+            or part._forward_hooks
+            or part._forward_pre_hooks
+            or (part is not embedder and "forward" in vars(part) and not vars(part).keys() & _MOVERS)
+            for part in embedder.modules()
+        )
 
     def _sealed(self) -> Seal:
         """What is the same as long as the embedders and the layers compute the same."""
         seal, embedders = Seal(), [getattr(self._denoiser, name) for name in EMBEDDERS]
         seal.hold(self._denoiser._modules, *EMBEDDERS)
-        for norm in self._given:
+        for name in self._embedders:
+            seal.hold_unhooked(getattr(self._denoiser, name).modules())
+        for norm, given in self._given.items():
             seal.hold(norm._modules, "linear")
+            seal.hold(given._parameters, *given._parameters)
         for part in (*embedders, *itertools.chain.from_iterable(self._layers)):
             seal.hold_children(part)
             seal.hold_writes(part.parameters())

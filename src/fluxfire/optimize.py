@@ -85,11 +85,11 @@ def plan_pipeline(
         attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
-        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`); None: on a Hopper GPU.
-        fused_kernels: hand-written kernels between FLUX.1's products (`apply_fused_kernels`); None: on a Hopper GPU.
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`). None, here and in the next
+            two: for FLUX.1 on a Hopper GPU, where it was measured, and without an offload.
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
-        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); None: on a Hopper GPU; "cpu": its weights
-            in host memory.
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`).
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).
@@ -149,9 +149,11 @@ def plan_pipeline(
 
 
 def _on_hopper(pipe: Any) -> bool:
-    """Whether the denoiser is on a GPU of the kind on which the steps that only move work around were measured."""
+    """Whether this is FLUX.1 on a GPU of the kind on which the steps that only move work around were measured."""
     device = next(denoiser_of(pipe).parameters()).device
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if family_of(pipe).name != "FLUX.1" or device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def optimize_pipeline(
@@ -186,11 +188,11 @@ def optimize_pipeline(
         attention: None, "auto" for the fastest kernel by measurement, or one by name (`apply_attention`).
         quantize: None, or the blocks' products in 8 bits: "float8", "int8", ... (`apply_quantization`). Approximate.
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
-        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`); None: on a Hopper GPU.
-        fused_kernels: hand-written kernels between FLUX.1's products (`apply_fused_kernels`); None: on a Hopper GPU.
+        fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`). None, here and in the next
+            two: for FLUX.1 on a Hopper GPU, where it was measured, and without an offload.
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
         memory_format: the VAE in channels_last (`apply_memory_format`).
-        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); None: on a Hopper GPU; "cpu": its weights
-            in host memory.
+        modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
         vae_tiling: pictures larger than a tile in tiles (`apply_vae_tiling`). Approximate too.
         offload: None, or where weights wait: "model", "group" or "sequential" (`apply_offload`).

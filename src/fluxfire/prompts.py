@@ -215,8 +215,12 @@ class Waiting:
         Pipelines send inputs to where an encoder's weights are (diffusers 0.42), here to host memory, and there they
         expect the outputs.
         """
-        device, inputs = self._device(), tensors_in([*args, *kwargs.values()])
+        device, inputs = self._device(), tensors_in([args, kwargs])
         args, kwargs = _moved(args, device), _moved(kwargs, device)
+        made = self._run(forward, args, kwargs, device)
+        return _moved(made, inputs[0].device) if inputs else made
+
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
         with self._lock:  # another thread may have them on the device just now, and take them off
             away = [tensor for tensor in self._tensors() if tensor.device != device]
             if not away:
@@ -227,8 +231,7 @@ class Waiting:
                     for tensor in away:
                         tensor.data = tensor.data.to(device, non_blocking=True)
                 self.brought += 1
-                made = forward(*args, **kwargs)
-                return _moved(made, inputs[0].device) if inputs else made
+                return forward(*args, **kwargs)
             finally:
                 for tensor, value in zip(away, host, strict=True):
                     tensor.data = value

@@ -30,6 +30,8 @@ class Seal:
         self._counted: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._hooks: list[Mapping[Any, Any]] = []
+        self._dicts: list[Mapping[Any, Any]] = []
+        self._sizes: list[int] = []
 
     def hold(self, owner: dict[str, Any], *names: str) -> None:
         """What is in a dict of a module under these names, which may be nothing."""
@@ -41,10 +43,12 @@ class Seal:
                 self._values.append(owner.get(name))
 
     def hold_children(self, module: torch.nn.Module) -> None:
-        """A module's submodules and weights, all the way down."""
+        """A module's submodules and weights, all the way down: which they are, and how many."""
         for part in module.modules():
-            self.hold(part._modules, *part._modules)
-            self.hold(part._parameters, *part._parameters)
+            for children in (part._modules, part._parameters):
+                self.hold(children, *children)
+                self._dicts.append(children)
+                self._sizes.append(len(children))
 
     def hold_addresses(self, tensors: Iterable[torch.Tensor]) -> None:
         """Where they are, which tells the device and the data type too as long as the memory is not given back."""
@@ -74,6 +78,7 @@ class Seal:
         return (
             all(map(is_, map(dict.get, self._owners, self._names), self._values))
             and not any(self._hooks)
+            and list(map(len, self._dicts)) == self._sizes
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(_VERSION, self._counted)) == self._versions
         )
