@@ -80,7 +80,7 @@ FLAGS: Final[dict[str, dict[str, Any]]] = {
 MAX_AUTOTUNE: Final = "max-autotune-no-cudagraphs"
 CUDA_GRAPHS: Final = "reduce-overhead"
 STEPS: Final = ("channels_last", "fused_qkv", "compile", "compile_vae", "cache")
-# The article's, on the transformer. With the VAE's part on top it had not compiled after 470 s (an H200), so that the
+# The article's, on the transformer. With the VAE's part on top it had not compiled after 400 s (an H200), so that the
 # VAE's steps and flags are measured beside a VAE compiled by default.
 STACK: Final = (
     *("epilogue_fusion=False", "coordinate_descent_tuning", "coordinate_descent_check_all_directions"),
