@@ -13,6 +13,7 @@ from conftest import embeds, make_pipe, run
 from diffusers import FluxKontextPipeline, FluxPipeline
 
 import fluxfire
+from fluxfire.run import plain_tensor
 
 SIZES = ((32, 48), (48, 48), (64, 32), (28, 36))
 
@@ -48,6 +49,20 @@ def test_two_graphs_serve_all_sizes_and_two_more_all_batches(flux_class: type, c
             run(pipe, size=size, steps=4, batch=batch)
     assert compiled(pipe).graphs == 4
     assert compiled(pipe).graph_breaks == 0
+
+
+def test_blocks_get_inputs_of_one_form() -> None:
+    x = torch.arange(24.0).view(2, 3, 4).clone()
+    parameter, number = torch.nn.Parameter(x), torch.tensor(1.0)
+    for kept in (x, parameter, parameter.view(24), number, None, "a", {"a": 1}):
+        assert plain_tensor(kept) is kept
+    odd = torch.empty_strided((1, 3, 4), (7, 4, 1)).copy_(x[:1])  # contiguous, since nothing is behind the first
+    for value in (x[1:], x.view(6, 4), x.transpose(0, 1), x[:, :, 0], odd):
+        (plain,) = plain_tensor((value,))
+        assert plain.equal(value) and not plain._is_view()
+        assert plain.stride() == torch.empty(value.shape).stride()
+        assert (plain.data_ptr() == value.data_ptr()) == value.is_contiguous()
+    assert plain_tensor({}) is None
 
 
 def test_compile_then_cache_has_no_graph_break(pipe: Any) -> None:

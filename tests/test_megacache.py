@@ -402,6 +402,11 @@ def _forward(block: Any) -> None:
     block.ff.forward = lambda x: x
 
 
+def _rename(block: Any) -> None:
+    del block.absent
+    block.other = None
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "processor": lambda block: block.attn.set_processor(Silent()),
     "attention backend": lambda block: setattr(block.attn.processor, "_attention_backend", "native"),
@@ -415,14 +420,24 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward of a child": _forward,
     "training": lambda block: block.ff.train(),
     "an attribute of the block": lambda block: setattr(block, "extra", 1),
+    "an attribute of the block by another name": _rename,
+    "an attribute of the block less": lambda block: delattr(block, "absent"),
+    "an attribute of a child": lambda block: setattr(block.ff, "extra", None),
+    "an attribute of a child less": lambda block: delattr(block.attn, "pruned_heads"),
+    "an attribute of the processor": lambda block: setattr(block.attn.processor, "extra", None),
+    "a buffer where none was": lambda block: block.ff.register_buffer("extra", torch.zeros(1)),
+    "a module where none was": lambda block: block.ff.net[1].add_module("extra", torch.nn.Identity()),
+    "a parameter less": lambda block: setattr(block.ff.net[2], "bias", None),
     "a list in place": lambda block: block.attn.pruned_heads.append(3),
+    "an empty list in place": lambda block: block.attn.added.append(3),
+    "a dict in place": lambda block: block.attn.scales.update(a=2.0),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_every_change_of_a_block_is_seen(change: Callable[[Any], Any]) -> None:
     block = make_pipe().transformer.transformer_blocks[0]
-    block.attn.pruned_heads = [1]
+    block.absent, block.attn.pruned_heads, block.attn.added, block.attn.scales = None, [1], [], {"a": 1.0}
     watch, before = Watch(block), describe(block, CPU)
     assert watch.unchanged()
     change(block)
@@ -431,6 +446,29 @@ def test_every_change_of_a_block_is_seen(change: Callable[[Any], Any]) -> None:
         assert describe(block, CPU) != before
     except Unknown as reason:
         assert str(reason).startswith("block.ff")
+
+
+def test_what_is_equal_and_another_object_is_a_change() -> None:
+    """1 and True are equal, and are two graphs."""
+    block = make_pipe().transformer.transformer_blocks[0]
+    for owner in (block, block.ff, block.attn.processor):
+        owner.count = 1
+        watch = Watch(block)
+        owner.count = True
+        assert not watch.unchanged()
+
+
+def test_weights_elsewhere_and_what_stands_around_a_block_are_no_change() -> None:
+    block = make_pipe().transformer.transformer_blocks[0]
+    watch = Watch(block)
+    block.ff.net[2].weight.data = block.ff.net[2].weight.data.clone()
+    block.forward = lambda *args, **kwargs: None
+    block.register_forward_hook(lambda *_: None)
+    assert watch.unchanged()
+    del block.forward
+    assert watch.unchanged()
+    block.ff.net[2].weight.data = block.ff.net[2].weight.data.half()
+    assert not watch.unchanged()
 
 
 def test_blocks_of_one_kind_and_other_values_are_one() -> None:

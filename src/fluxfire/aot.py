@@ -152,13 +152,14 @@ class Blocks:
                 known.look(_device(values))
         if known.description is None:
             raise Unknown(known.reason)
-        served = self._served.get(known.digest)
-        if served is None or inputs not in served:
+        artifact: Any = self._served.get(known.digest, {}).get(inputs, ...)
+        if artifact is ...:
             with self._lock:  # one thread makes, others wait
                 served = self._served.setdefault(known.digest, {})
                 if inputs not in served:
                     served[inputs] = self._resolve(known, forward, values, dict(state))
-        return served[inputs], values
+                artifact = served[inputs]
+        return artifact, values
 
     def _resolve(self, known: _Block, forward: Any, values: list[Any], state: dict[str, Any]) -> Artifact | None:
         """The artifact for this block and these inputs, tried on them; None for the traced path, the reason counted."""
@@ -243,7 +244,7 @@ class _Block:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The arguments by position."""
-        values = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
+        values = {**self._defaults, **dict(zip(self._defaults, args, strict=False)), **kwargs}
         if not self._fixed or len(values) != len(self._defaults) or len(args) > len(values):
             raise Unknown(f"{type(self.block).__name__}.forward was called with arguments that it does not name")
         return list(values.values())

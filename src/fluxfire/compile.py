@@ -255,7 +255,8 @@ def apply_compile(
         for module in targets:
             more: dict[str, Any] = {"options": inductor()} if backend == "inductor" else {}
             compiled = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, backend=backend, **more)
-            handle.patch.wrap(module, "forward", on_plain_inputs(artifacts.around(module, compiled)))
+            call = artifacts.around(module, compiled)
+            handle.patch.wrap(module, "forward", functools.partial(on_plain_inputs, call))
         SAME_META.hold(handle)
         entered = [denoiser, *targets[-1:] * vae]
         artifacts.install(handle, entered)

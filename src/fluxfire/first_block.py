@@ -149,8 +149,8 @@ class FirstBlockCache:
         present = self._present
         if present is None or not any(present.hits):
             return block(**arguments)
-        missed, names = present.missed, ("encoder_hidden_states", "hidden_states")
-        given = tuple(arguments[name] for name in names if arguments.get(name) is not None)
+        missed, text, image = present.missed, arguments.get("encoder_hidden_states"), arguments["hidden_states"]
+        given = (image,) if text is None else (text, image)
         if missed is not None:
             computed = block(**self._rows_that_missed(missed, arguments))
             rows = (computed,) if isinstance(computed, torch.Tensor) else computed

@@ -28,21 +28,16 @@ MARK: Final = "_fluxfire"
 _MISSING: Final = object()
 
 
-class Wrapper:
-    """A callable in the place of a bound method: calls `around(wrapped, *args, **kwargs)`.
+class Wrapper(functools.partial[Any]):
+    """A callable in the place of a bound method: `Wrapper(around, wrapped)` calls `around(wrapped, *args, **kwargs)`.
 
     It keeps the signature of what it wraps, since diffusers inspects it. It refuses to be copied or pickled: a copied
     module would carry this wrapper, and so run the original's weights.
     """
 
-    def __init__(self, wrapped: Callable[..., Any], around: Callable[..., Any]) -> None:
+    def __init__(self, around: Callable[..., Any], wrapped: Callable[..., Any]) -> None:
         functools.update_wrapper(self, wrapped)
         self.wrapped = wrapped
-        self.around = around
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls `around` with what was wrapped."""
-        return self.around(self.wrapped, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(COPY)
@@ -113,7 +108,7 @@ class Patch:
         """
         if name == "forward" and "_hf_hook" in vars(owner) and "_old_forward" in vars(owner):
             name = "_old_forward"
-        self.set(owner, name, Wrapper(getattr(owner, name), around))
+        self.set(owner, name, Wrapper(around, getattr(owner, name)))
 
     def lost(self) -> list[str]:
         """Attributes of ours that somebody has thrown away: that part of a step is not in effect any more."""

@@ -18,6 +18,7 @@ call that belongs to no run has no state: it is computed, and nothing of it is k
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -195,29 +196,31 @@ def writes(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def on_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `call(forward, ...)` in the place of the block's forward, with inputs of one form."""
-
-    def on_plain_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(forward, *map(plain_tensor, args), **{name: plain_tensor(value) for name, value in kwargs.items()})
-
-    return on_plain_inputs
+def on_plain_inputs(call: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `call(forward, ...)` in the place of the block's forward, with inputs of one form."""
+    return call(forward, *map(plain_tensor, args), **{name: plain_tensor(value) for name, value in kwargs.items()})
 
 
 def plain_tensor(value: Any) -> Any:
     """The same values as a contiguous tensor that is no view; None for an empty dict. Looks into tuples."""
-    if isinstance(value, tuple):
-        return tuple(map(plain_tensor, value))
-    if isinstance(value, dict) and not value:
-        return None
-    if not isinstance(value, torch.Tensor) or value.requires_grad or not value.ndim:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, tuple):
+            return tuple(map(plain_tensor, value))
+        return None if isinstance(value, dict) and not value else value
+    if value.requires_grad or not (shape := value.shape):
         return value
-    canonical = tuple(itertools.accumulate(reversed(value.shape[1:]), operator.mul, initial=1))[::-1]
-    if not value._is_view() and value.stride() == canonical:
+    canonical = _strides(shape)
+    if value.stride() == canonical and not value._is_view():
         return value
     if not value.is_contiguous():
         return value.contiguous()
     # Contiguous but a view, or of odd strides in dimensions of size 1: the storage without the relation to its base.
     return torch.empty(0, dtype=value.dtype, device=value.device).set_(
-        value.untyped_storage(), value.storage_offset(), value.shape, canonical
+        value.untyped_storage(), value.storage_offset(), shape, canonical
     )
+
+
+@functools.lru_cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor of this shape; kept, since a denoiser call's blocks are asked for the same few."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
