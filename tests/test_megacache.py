@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -455,6 +456,16 @@ def test_what_is_equal_and_another_object_is_a_change() -> None:
         owner.count = 1
         watch = Watch(block)
         owner.count = True
+        assert not watch.unchanged()
+
+
+def test_what_comes_after_all_else_is_seen_to_come_and_go() -> None:
+    block = make_pipe().transformer.transformer_blocks[0]
+    *_, last = block.modules()
+    last.noted = types.SimpleNamespace(first=1)
+    for change in (lambda: setattr(last.noted, "second", 2), lambda: delattr(last.noted, "second")):
+        watch = Watch(block)
+        change()
         assert not watch.unchanged()
 
 
