@@ -15,7 +15,22 @@ import torch
 from conftest import CHANNELS, POOLED, TEXT_TOKENS, embeds
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 STEPS = 4
 SIZES = {"FLUX.1": 32, "FLUX.2": 64, "FLUX.3": 64}  # pixels a side; the smallest picture that a family takes
@@ -126,8 +141,8 @@ CASES = {
 }
 
 
-def make(name: str) -> Any:
-    """A seeded pipeline of the class of this name; prompts are given as embeddings."""
+def make(name: str, *, encoders: bool = False) -> Any:
+    """A seeded pipeline of the class of this name; without encoders, prompts are given as embeddings."""
     torch.manual_seed(0)
     cls: Any = getattr(diffusers, name)
     case = CASES[name]
@@ -147,7 +162,7 @@ def make(name: str) -> Any:
         pipe.update_components(**parts)
     else:
         texts = ("text_encoder", "tokenizer") + ("text_encoder_2", "tokenizer_2") * (case.family == "FLUX.1")
-        pipe = cls(**parts, **dict.fromkeys(texts))
+        pipe = cls(**parts, **(_encoders(name) if encoders else dict.fromkeys(texts)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -159,10 +174,41 @@ def run(pipe: Any) -> torch.Tensor:
     arguments = embeds() if case.family == "FLUX.1" else {"prompt_embeds": text()}
     arguments |= {"height": size, "width": size, "num_inference_steps": STEPS, "output_type": "pt"}
     arguments |= {name: value() for name, value in case.call.items()}
+    if getattr(pipe, "text_encoder", None) is not None:
+        arguments = {name: value for name, value in arguments.items() if not name.endswith("prompt_embeds")}
+        arguments |= {"prompt": "a fox", "max_sequence_length": 16, "num_inference_steps": STEPS // 2}  # is enough
+        arguments |= {"text_encoder_out_layers": (1, 2)} if case.family == "FLUX.2" else {}
+        arguments |= {"negative_prompt": "a crow"} if "true_cfg_scale" in case.call else {}
     arguments["generator"] = torch.Generator().manual_seed(2)
     if isinstance(pipe, diffusers.ModularPipeline):
         return pipe(**arguments, output="images")
     return pipe(**arguments).images
+
+
+def _encoders(name: str) -> dict[str, Any]:
+    """Text encoders of the kinds that the class comes with, and tokenizers that have a token a byte."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llm = sizes | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 257}
+    if CASES[name].family == "FLUX.1":
+        clip = CLIPTextConfig(**sizes | {"hidden_size": POOLED}, vocab_size=257, eos_token_id=0, bos_token_id=1)
+        t5 = T5Config(d_model=CHANNELS, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=257)
+        encoders = {"text_encoder": CLIPTextModel(clip), "text_encoder_2": T5EncoderModel(t5)}
+    elif name == "Flux2Pipeline":
+        sight = PixtralVisionConfig(**sizes, image_size=32, patch_size=16)
+        mistral = Mistral3Config(text_config=MistralConfig(**llm), vision_config=sight)
+        encoders = {"text_encoder": Mistral3ForConditionalGeneration(mistral)}
+    else:
+        encoders = {"text_encoder": Qwen3ForCausalLM(Qwen3Config(**llm))}
+    words = {part.replace("text_encoder", "tokenizer"): _tokenizer() for part in encoders}
+    return {part: encoder.eval() for part, encoder in encoders.items()} | words
+
+
+def _tokenizer() -> Any:
+    letters = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_ = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    last = "{% set said = messages[-1]['content'] %}{{ said if said is string else said[0]['text'] }}"
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, pad_token="<pad>", model_max_length=16, chat_template=last)
 
 
 def _flux1(case: Case) -> dict[str, Any]:

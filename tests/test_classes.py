@@ -30,22 +30,21 @@ from fluxfire.plan import ORDER
 
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
-STEPS = [name for name in ORDER if name != "prompts"]  # these pipelines have no text encoders: tests/test_prompts.py
 DENOISING = [name for name, case in CASES.items() if case.family != "none"]
 ONE_A_FAMILY = ("FluxKontextPipeline", "Flux2KleinPipeline", "Flux3ModularPipeline")
 # Steps that compute the same as before, to the bit: where the cache's threshold is 0, and a picture is one tile.
-BIT_IDENTICAL = {"static_blocks", "cache", "vae_tiling", "offload"}
+BIT_IDENTICAL = {"static_blocks", "cache", "prompts", "vae_tiling", "offload"}
 
 
 @functools.cache  # shared by all tests: each claims that it leaves the pipe as it was
-def pipe_of(name: str) -> Any:
-    return classes.make(name)
+def pipe_of(name: str, encoders: bool = False) -> Any:
+    return classes.make(name, encoders=encoders)
 
 
 @functools.cache
-def baseline_of(name: str) -> torch.Tensor | None:
+def baseline_of(name: str, encoders: bool = False) -> torch.Tensor | None:
     """The picture before any step; the first run also sets attributes of the pipe."""
-    return classes.run(pipe_of(name)) if name in DENOISING else None
+    return classes.run(pipe_of(name, encoders)) if name in DENOISING else None
 
 
 def attributes(pipe: Any) -> dict[tuple[str, ...], Any]:
@@ -60,9 +59,9 @@ def attributes(pipe: Any) -> dict[tuple[str, ...], Any]:
 
 
 @contextmanager
-def restored(name: str) -> Iterator[Any]:
+def restored(name: str, encoders: bool = False) -> Iterator[Any]:
     """The pipe of this class; what is applied to it inside is taken back, and leaves nothing."""
-    pipe, baseline = pipe_of(name), baseline_of(name)
+    pipe, baseline = pipe_of(name, encoders), baseline_of(name, encoders)
     before = attributes(pipe)
     try:
         yield pipe
@@ -76,13 +75,17 @@ def restored(name: str) -> Iterator[Any]:
 @functools.cache
 def outcome(name: str, *steps: str) -> str:
     """What these steps do to a pipeline of this class: "exact", "within rounding", or why one is refused."""
-    with restored(name) as pipe:
+    encoders = "prompts" in steps and "Modular" not in name  # prompts refuses modular pipelines
+    with restored(name, encoders) as pipe:
         try:
             for step in steps:
                 RECIPES[step].apply(pipe, **PAIR_KNOBS[step])
         except (fluxfire.StepError, fluxfire.NotFluxError) as refused:
             return str(refused)
-        out, baseline = classes.run(pipe), baseline_of(name)
+        out, baseline = classes.run(pipe), baseline_of(name, encoders)
+        if encoders:
+            out = classes.run(pipe)
+            assert dict(fluxfire.report(pipe).other)["prompts"].remembered == CASES[name].branches
         difference = ((out - baseline).norm() / baseline.norm()).item()
     if BIT_IDENTICAL.issuperset(steps):
         assert difference == 0
@@ -102,7 +105,7 @@ def test_every_step_of_the_order_is_a_column() -> None:
     assert set(RECIPES) == set(PAIR_KNOBS) == set(ORDER)
 
 
-@pytest.mark.parametrize(("name", "step"), list(itertools.product(CASES, STEPS)))
+@pytest.mark.parametrize(("name", "step"), list(itertools.product(CASES, ORDER)))
 def test_a_step_is_exact_or_refused_and_undone(name: str, step: str) -> None:
     assert outcome(name, step)
 
@@ -209,7 +212,7 @@ def test_a_pair_of_steps_on_every_class(name: str) -> None:
 
 
 def test_the_table_of_the_docs_is_what_was_found(request: pytest.FixtureRequest) -> None:
-    table = _markdown({(name, step): outcome(name, step) for name in CASES for step in STEPS})
+    table = _markdown({(name, step): outcome(name, step) for name in CASES for step in ORDER})
     if request.config.getoption("--write-docs"):
         TABLE.write_text(table)
     assert TABLE.read_text() == table, "run: pytest tests/test_classes.py --write-docs, and read the difference"
@@ -219,13 +222,13 @@ def _markdown(cells: dict[tuple[str, str], str]) -> str:
     notes: list[str] = []
     rows = []
     for name, case in CASES.items():
-        texts = [cells[name, step] for step in STEPS]
+        texts = [cells[name, step] for step in ORDER]
         notes += dict.fromkeys(text for text in texts if text not in (*OUTCOMES, *notes))
         shown = [text if text in OUTCOMES else f"no [^{notes.index(text) + 1}]" for text in texts]
         rows.append(f"| {name} | {case.family} | {' | '.join(shown)} |")
     settings = [
         f"- {step}, {RECIPES[step].kind}: `{', '.join(f'{key}={value!r}' for key, value in PAIR_KNOBS[step].items())}`"
-        for step in STEPS
+        for step in ORDER
     ]
     lines: list[Any] = [
         "# Classes and steps",
@@ -236,12 +239,14 @@ def _markdown(cells: dict[tuple[str, str], str]) -> str:
         "- exact: the picture is the baseline's to the bit; within rounding: to a relative error of 1e-5. Approximate",
         "  steps stand here with settings at which they change nothing: the cache never hits, a picture is one tile.",
         "- fused_kernels is CUDA's alone; here it runs in the operations of torch that its kernels are held against.",
+        "- prompts is tried on pipelines with tiny text encoders, by the second picture of a prompt, for which they",
+        "  do not run; the other steps with prompt embeddings.",
         "- After `restore_pipeline`, the attributes and the picture are what they were, in every cell.",
         "- The cache with an infinite threshold skips all blocks but the first, in all calls but the first of each",
         "  guidance branch (Klein-KV with a reference: but the first two).",
         "",
-        f"| class | family | {' | '.join(STEPS)} |",
-        f"|---|---|{'---|' * len(STEPS)}",
+        f"| class | family | {' | '.join(ORDER)} |",
+        f"|---|---|{'---|' * len(ORDER)}",
         *rows,
         "",
         *(f"[^{number}]: {note}" for number, note in enumerate(notes, 1)),

@@ -25,7 +25,7 @@ from fluxfire.plan import ORDER
 
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 TABLE = Path(__file__).parent.parent / "docs" / "neighbours.md"
-# static_blocks is FLUX.3's, these pipelines are FLUX.1; and they have no text encoders.
+# static_blocks is FLUX.3's, these pipelines are FLUX.1; prompts looks at text encoders alone, and these have none.
 STEPS = [name for name in ORDER if name not in ("static_blocks", "prompts")]
 BIT_IDENTICAL = {"cache", "vae_tiling", "offload"}
 KNOBS = PAIR_KNOBS | {"compile": {"backend": "eager"}}
@@ -114,6 +114,20 @@ CLAIMS = {
         "the same in each family": ("lora", "swapping_compiles_nothing_in_each_family"),
         "loaded under our group offload": ("lora", "one_loaded_under_our_group_offload"),
     },
+    "Prompts remembered (`apply_prompts`)": {
+        "a LoRA in a text encoder: nothing is remembered while it is there": (
+            "prompts",
+            "a_lora_in_an_encoder_is_never_missed",
+        ),
+        "a LoRA fused into a text encoder between two prompts": (
+            "prompts",
+            "a_lora_that_is_fused_between_two_prompts_forgets",
+        ),
+        "autocast, gradients, training, one's own embeddings: as without it": (
+            "prompts",
+            "gradients_training_and_tensors_pass_by",
+        ),
+    },
     "Runs": {
         "`_interrupt`": ("runs", "an_interrupted_run_makes_no_more_calls_and_leaves_nothing"),
         "Ctrl-C between steps or within one": ("runs", "a_run_after_a_keyboard_interrupt_is_fresh"),
@@ -180,6 +194,8 @@ def _markdown() -> str:
         "- fused_kernels is CUDA's alone; here it runs in the operations of torch that its kernels are held against.",
         "- After `restore_pipeline` the picture is to the bit what it was, and the neighbour is still there.",
         "- bitsandbytes: diffusers loads with it on GPUs only, so its layers are put in place and quantized here.",
+        "- static_blocks is FLUX.3's and these are FLUX.1. prompts looks at the text encoders alone, and these are",
+        "  neighbours of the denoiser; beside the other steps it is in [pairs of steps](step-pairs.md).",
         "",
         f"| found on the pipeline | {' | '.join(STEPS)} |",
         f"|---|{'---|' * len(STEPS)}",
