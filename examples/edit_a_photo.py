@@ -15,11 +15,11 @@ from fluxfire import demo
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("photo", nargs="?")
 parser.add_argument("--prompt", default="make it a watercolour")
-parser.add_argument("--tiny", action="store_true", help="the embedded model, 6 steps, uncompiled")
+parser.add_argument("--tiny", action="store_true", help="the embedded model, 12 steps, uncompiled")
 options = parser.parse_args()
 
 if options.tiny:
-    pipe, call = demo.load_pipeline(), {**demo.call_kwargs(), "num_inference_steps": 6, "prompt": "in twemoji style"}
+    pipe, call = demo.load_pipeline(), {**demo.call_kwargs(), "num_inference_steps": 12, "prompt": "in twemoji style"}
     call["image"] = demo.reference("red-apple-noto")
 else:
     from diffusers import FluxKontextPipeline

@@ -14,12 +14,12 @@ from fluxfire import demo
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--prompt", default="a lighthouse at dusk")
-parser.add_argument("--tiny", action="store_true", help="the embedded model, 6 steps, uncompiled")
+parser.add_argument("--tiny", action="store_true", help="the embedded model, 12 steps, uncompiled")
 parser.add_argument("--out", type=Path, default=Path("picture.png"))
 options = parser.parse_args()
 
 if options.tiny:
-    pipe, call = demo.load_pipeline(), {**demo.call_kwargs(), "prompt": "teapot, noto style", "num_inference_steps": 6}
+    pipe, call = demo.load_pipeline(), {**demo.call_kwargs(), "prompt": "teapot, noto style", "num_inference_steps": 12}
 else:
     from diffusers import FluxPipeline
 

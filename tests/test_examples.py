@@ -62,7 +62,7 @@ def test_a_short_example_runs_tiny(
     printed = capsys.readouterr().out
     wanted = {
         "text_to_image": "pictures  approximate, because of cache",
-        "edit_a_photo": "threshold 0: ###### (# computed, . cached)",
+        "edit_a_photo": "threshold 0: ############ (# computed, . cached)",
         "step_by_step": "restored, to the bit: True",
         "batch_and_progress": "step  0: computed  computed  computed",
     }

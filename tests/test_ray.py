@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -262,3 +263,30 @@ def test_none_run_without_requests_and_one_starts_with_the_first(tmp_path: Path)
         assert cluster.running() == 0
         assert cluster.ask().status_code == 200
         wait_until(lambda: cluster.running() == 0, 180)
+
+
+@pytest.mark.slow
+def test_the_example_serves_tiny_until_ctrl_c(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    example = TESTS.parent / "examples" / "ray_serve.py"
+    environment = os.environ | with_tests_on_path() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, str(example), "--tiny", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+
+                def ready() -> bool:
+                    assert process.poll() is None
+                    try:
+                        return http.get("/readyz").status_code == 200
+                    except httpx2.HTTPError:  # nobody listens yet
+                        return False
+
+                wait_until(ready, 600)
+                answer = http.post("/inference", json={"prompt": PROMPT, "steps": 2, "output": "bytes"})
+                assert open_picture(answer.content).size == (128, 128)
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
