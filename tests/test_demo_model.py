@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fluxfire import demo
 
@@ -53,6 +54,15 @@ def test_parts_are_the_real_classes(pipe):
     assert config.num_layers >= 2
     assert config.num_layers + config.num_single_layers >= 12
     assert pipe.vae.config.latent_channels == 16
+
+
+def test_every_weight_is_one_of_the_files(pipe):
+    """transformers before 5.6 names CLIP's otherwise, and draws what it does not find at random."""
+    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        files = [load_file(file) for file in (demo.model_path() / name).glob("*.safetensors")]
+        kept = {(tensor.shape, tensor.double().sum().item()) for file in files for tensor in file.values()}
+        loaded = getattr(pipe, name).state_dict().values()
+        assert {(tensor.shape, tensor.double().sum().item()) for tensor in loaded} == kept
 
 
 def test_default_load_is_float32_throughout():
