@@ -121,3 +121,14 @@ def test_contact_sheet_shows_each_picture_in_its_column():
     sheet = np.asarray(show.contact_sheet((pair,)))
     middle = [tuple(sheet[-140, x].tolist()) for x in range(140, sheet.shape[1], 268)]
     assert middle == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 255)]
+
+
+@pytest.mark.parametrize("command", [["warm", "/nowhere"], ["tune", "--max-error", "0.1", "--model", "/nowhere"]])
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    more = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path)] if command[0] == "tune" else []
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, *more])
+    assert str(exit.value.code).startswith("fluxfire: model: found '/nowhere', needed a folder")

@@ -296,3 +296,20 @@ def test_one_call_switches_it_on(pipe: Any) -> None:
     fluxfire.optimize_pipeline(pipe, prompts="cpu", compile=False)
     assert "prompts" in dict(fluxfire.report(pipe).other)
     assert "entries=16" in str(fluxfire.report(pipe))
+
+
+class Quantized(torch.nn.Parameter):
+    """As torchao's tensors: no slices."""
+
+    def detach(self) -> Any:
+        raise NotImplementedError
+
+
+def test_quantized_weights_are_told_by_identity(pipe: Any) -> None:
+    plain = encode(pipe)
+    layer = pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q
+    layer.weight = Quantized(layer.weight.data)
+    fluxfire.apply_prompts(pipe)
+    assert same(encode(pipe), plain) and same(encode(pipe), plain) and counts(pipe)[0] == 1
+    layer.weight = Quantized(2 * layer.weight.data)
+    assert not same(encode(pipe), plain)

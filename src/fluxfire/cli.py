@@ -185,12 +185,12 @@ def tune(
     """Find the cache's threshold on your prompts, from an error or a speed, and show the pictures."""
     _need("demo", "rich", "PIL")
     import torch
-    from diffusers import DiffusionPipeline
 
     from fluxfire import demo as embedded
     from fluxfire import tune as find
     from fluxfire.bench import prompts as listed
     from fluxfire.bench.sheet import ContactSheet
+    from fluxfire.serve.model import pretrained
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check(out, device)
@@ -209,7 +209,7 @@ def tune(
     if model == "embedded":
         pipe, call = embedded.load_pipeline(dtype=number_type), embedded.call_kwargs() | call
     else:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=number_type)
+        pipe = pretrained(model, number_type)
     optimize_pipeline(pipe.to(device), cache_threshold=0, compile=compile)
     sheet = ContactSheet(out, [str(job.get("prompt", "")) for job in jobs])
     quiet = False if format == "json" else None

@@ -57,7 +57,7 @@ def check_offload(
             "ComponentsManager().enable_auto_cpu_offload(device)"
         )
     if find_spec("accelerate") is None:
-        return 'found no accelerate, whose hooks move the weights: pip install "accelerate>=1.1"'
+        return 'found no accelerate, whose hooks move the weights: pip install "accelerate>=1.2"'
     for name, component in _components(pipe).items():
         if hook := offload_hook(component):
             return f"found {name} offloaded already ({hook}): pipe.remove_all_hooks(), or load the pipeline anew"

@@ -70,7 +70,7 @@ def check_prompts(pipe: Any, *, entries: int = 16, encoders: str = "stay") -> st
     for name, encoder in found.items() if encoders == "cpu" else ():
         if hook := offload_hook(encoder):
             return f'found {name} offloaded already ({hook}): encoders="stay"'
-        around = getattr(vars(encoder).get("forward"), "around", None)
+        around = getattr(vars(encoder).get("forward"), "func", None)
         if isinstance(getattr(around, "__self__", None), Waiting):
             return f'found that {name} waits already, for another pipeline: encoders="stay"'
         if any(type(p) is not nn.Parameter for p in encoder.parameters()):
@@ -182,6 +182,8 @@ class Prompts:
         weights = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
         pieces: dict[object, list[torch.Tensor]] = {}
         for weight in weights:
+            if type(weight) is not nn.Parameter:  # quantized: no slices of it, and nobody fuses into it in place
+                continue
             flat = weight.detach().reshape(-1)
             start = max(0, flat.numel() // 2 - 16)
             pieces.setdefault((weight.device.type, weight.dtype), []).append(flat[start : start + 32])

@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"prompts: {error}") from None
+        raise ArgumentError(f"prompts: {path.name}: {error}") from None
     if not isinstance(found, list) or not found or not all(isinstance(item, str | dict) for item in found):
         raise ArgumentError(
             f"prompts: found no list of prompts in {path.name}, needed a prompt a line, or in a .json a list of texts "

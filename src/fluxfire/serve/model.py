@@ -53,9 +53,8 @@ def load(name: str, device: str, dtype: str) -> Model:
     """Loads a model onto its device.
 
     Raises:
-        ArgumentError: its class is none that the server knows.
+        ArgumentError: its class is none that the server knows, or diffusers cannot load it.
     """
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()  # its parts would be lines of the log
@@ -67,7 +66,7 @@ def load(name: str, device: str, dtype: str) -> Model:
         made = getattr(importlib.import_module(module), function)()
         model = made if isinstance(made, Model) else Model(made, function)
     else:
-        model = Model(DiffusionPipeline.from_pretrained(name, dtype=number_type), name.rstrip("/").rsplit("/", 1)[-1])
+        model = Model(pretrained(name, number_type), name.rstrip("/").rsplit("/", 1)[-1])
     found = type(model.pipe).__name__
     if found not in CLASSES:
         raise ArgumentError(f"model: found a {found}, needed one of {', '.join(CLASSES)}")
@@ -75,6 +74,25 @@ def load(name: str, device: str, dtype: str) -> Model:
         model.pipe.to(device)  # a function has put it where it belongs
     model.pipe.set_progress_bar_config(disable=True)
     return model
+
+
+def pretrained(name: str, dtype: torch.dtype) -> Any:
+    """A pipeline from a folder or the Hub.
+
+    Raises:
+        ArgumentError: diffusers cannot load it, and why.
+    """
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ArgumentError(
+            f"model: found {name!r}, needed a folder of diffusers, or a repository on the Hub such as "
+            f"black-forest-labs/FLUX.1-dev (with HF_TOKEN set, where it asks for that): {why}"
+        ) from error
 
 
 def _embedded(dtype: torch.dtype) -> Model:
