@@ -218,12 +218,12 @@ def _other_torch(data: bytes) -> bytes:
 @pytest.mark.usefixtures("new_process")
 def test_a_miss_names_what_differs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     here = megacache.environment(CPU)
-    monkeypatch.setattr(aot, "environment", lambda _: here | {"torch": "2.11.0+cu130"})
+    monkeypatch.setattr(aot, "environment", lambda _: here | {"torch": "1.0"})
     pipe = embedded()
     fluxfire.apply_compile(pipe, megacache=made.place)
     assert torch.equal(latents(pipe), made.baseline)
     reasons = [reason for reason, _ in artifacts(pipe).reasons]
-    assert f"compiled: torch {torch.__version__}, here 2.11.0+cu130" in reasons
+    assert f"compiled: torch {torch.__version__}, here 1.0" in reasons
 
 
 @pytest.mark.usefixtures("new_process")
