@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -62,8 +61,8 @@ def _numbers(pair: Pair) -> str:
 
 
 def decibels(psnr_db: float) -> str:
-    """A PSNR as it is printed; the infinite one of two equal pictures as a sign."""
-    return "∞" if math.isinf(psnr_db) else f"{psnr_db:.1f}"
+    """A PSNR as it is printed and drawn, with a font that has letters; "inf" is that of two equal pictures."""
+    return f"{psnr_db:.1f}"
 
 
 def table(comparison: Comparison, title: str) -> Table:
