@@ -89,7 +89,7 @@ CONFLICTS: Final = (
         (),
         "offload",
         (),
-        "an offload moves the three projections apart, so that none stays fused: leave fuse_qkv out",
+        "an offload moves the three projections apart, so that none stays fused: say fuse_qkv=False",
     ),
     Conflict("compile", (("scope", "denoiser"),), "offload", (("kind", "group"),), _INSIDE),
     Conflict("compile", (("vae", True),), "offload", (("kind", "group"),), _INSIDE),
