@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from fluxfire.blocks import denoiser_of, own_offload_hook
-from fluxfire.linear import QuantizedLinear, hooked, obstacle, product
+from fluxfire.linear import QuantizedLinear, obstacle, product
 from fluxfire.patches import Wrapper, applying
 from fluxfire.plan import Step
 from fluxfire.seal import Seal
@@ -72,9 +72,9 @@ class FusedProjection:
         self.bias: nn.Parameter | None = None  # (3 D,)
         self.scale: nn.Parameter | None = None  # (3 D, 1), of quantized layers
         self.kind, self.one = "", cast(torch.Tensor | None, None)  # theirs too
-        self._path = path
+        self.path = path
         self._linears: tuple[Any, ...] = ()
-        self._views: list[tuple[dict[str, Any], str, nn.Parameter | None, int]] = []  # (owner, key, ..., address)
+        self._seal: Seal | None = None  # of the layers and their parameters, as `fuse` left them
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """q, k and v of x: (B, L, K) -> (B, L, 3 D)."""
@@ -96,30 +96,15 @@ class FusedProjection:
 
         An address tells the device and the data type too: our tensor is alive, so nothing else has its place.
         """
-        modules = self.attention._modules
-        return (
-            self.weight is not None
-            and all(modules[layer] is linear for layer, linear in zip(self.layers, self._linears, strict=True))
-            and not any(map(hooked, self._linears))
-            and not any(map(own_offload_hook, self._path))
-            and all(owner.get(key) is part and _address(part) == address for owner, key, part, address in self._views)
-        )
-
-    def sealable(self) -> bool:
-        """Whether it is fused, with no hook of diffusers' on the way, whose registries tell kinds by names."""
-        return self.weight is not None and not any(map(_registered, self._path))
+        return self._seal is not None and self._seal.unbroken() and not any(map(own_offload_hook, self.path))
 
     def put_under(self, seal: Seal) -> None:
-        """What `tied` asks for, as it is now."""
+        """The layers and their parameters, as they are now."""
         seal.hold(self.attention._modules, *self.layers)
         seal.hold_unhooked(self._linears)
-        for module in self._path:
-            seal.hold(vars(module), "_hf_hook", "_diffusers_hook")
-            if "_diffusers_hook" in vars(module):
-                seal.hold_empty(_registered(module))
-        for owner, key, part, _ in self._views:
-            seal.hold(owner, key)
-            seal.hold_addresses([] if part is None else [part])
+        for linear in self._linears:
+            seal.hold(linear._parameters, *linear._parameters)
+            seal.hold_addresses(linear.parameters(recurse=False))
 
     def fuse(self) -> None:
         """Makes the three weights, and biases, views of one tensor."""
@@ -133,19 +118,19 @@ class FusedProjection:
             wholes = {key: torch.cat(three) for key, three in parts.items() if three[0] is not None}
             for key, three in parts.items():
                 views = wholes[key].chunk(3) if key in wholes else (None,) * 3
-                for linear, part, view in zip(self._linears, three, views, strict=True):
+                for part, view in zip(three, views, strict=True):
                     if view is not None:
                         part.data = view
-                    self._views.append((linear._parameters, key, part, _address(part)))
             fused = {key: nn.Parameter(whole, requires_grad=False) for key, whole in wholes.items()}
         self.weight, self.bias, self.scale = fused[names[0]], fused.get("bias"), fused.get("scale")
         if isinstance(first, QuantizedLinear):
             self.kind, self.one = first.kind, first.one
+        self._seal = Seal()
+        self.put_under(self._seal)
 
     def release(self) -> None:
         """Forgets the fused tensor; weights that are views of it stay so."""
-        self.weight = self.bias = self.scale = None
-        self._views = []
+        self.weight = self.bias = self.scale = self._seal = None
 
     def split(self) -> None:
         """Gives each of the three weights a tensor of its own."""
@@ -157,7 +142,7 @@ class FusedProjection:
 
     def obstacle(self) -> str | None:
         """Why the three layers cannot be fused now, or None."""
-        if hook := next(filter(None, map(own_offload_hook, self._path)), None):
+        if hook := next(filter(None, map(own_offload_hook, self.path)), None):
             return f"found {self.name} moved by {hook}, needed weights that stay: load the pipeline without offload"
         linears: list[Any] = [self.attention._modules[layer] for layer in self.layers]
         for layer, linear in zip(self.layers, linears, strict=True):
@@ -171,12 +156,8 @@ class FusedProjection:
 
 
 def _registered(module: nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers' registry has for a module; a pipeline makes an empty registry for its denoiser."""
+    """The hooks in diffusers' registry of a module; a pipeline makes an empty registry for its denoiser."""
     return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
-
-
-def _address(part: torch.Tensor | None) -> int:
-    return 0 if part is None else part.data_ptr()
 
 
 class FusedProjections:
@@ -185,7 +166,7 @@ class FusedProjections:
     def __init__(self, projections: list[FusedProjection]) -> None:
         self._projections = projections
         self._fused_again = 0
-        self._seals: dict[nn.Module, Seal] = {}  # of roots whose projections were all tied at their last call
+        self._seals: dict[nn.Module, Seal] = {}  # of all of a root, so that a call asks once and not 76 times
         self.by_root: dict[nn.Module, list[FusedProjection]] = {}
         for one in projections:
             self.by_root.setdefault(one.root, []).append(one)
@@ -198,9 +179,9 @@ class FusedProjections:
 
     def before_call(self, module: nn.Module, _: object) -> None:
         """Before a call of a root: fuses again what was untied, or leaves it to its three layers."""
-        if (seal := self._seals.pop(module, None)) and seal.unbroken():
-            self._seals[module] = seal
+        if (seal := self._seals.get(module)) and seal.unbroken():
             return
+        self._seals.pop(module, None)
         for one in self.by_root[module]:
             if not one.tied():
                 if one.obstacle():
@@ -208,10 +189,19 @@ class FusedProjections:
                 else:
                     one.fuse()
                     self._fused_again += 1
-        if all(one.sealable() for one in self.by_root[module]):
-            seal = self._seals[module] = Seal()
-            for one in self.by_root[module]:
-                one.put_under(seal)
+        # Of diffusers' hooks `tied` tells which kind moves weights; a seal knows only that there are none.
+        if all(one.weight is not None and not any(map(_registered, one.path)) for one in self.by_root[module]):
+            self._seals[module] = self._sealed(module)
+
+    def _sealed(self, root: nn.Module) -> Seal:
+        """What `tied` asks for, of all of a root."""
+        seal = Seal()
+        for one in self.by_root[root]:
+            one.put_under(seal)
+            for module in one.path:
+                seal.hold(vars(module), "_hf_hook", "_diffusers_hook")
+                seal.hold_empty(_registered(module))
+        return seal
 
     def around_apply(self, apply: Any, *args: Any, **kwargs: Any) -> Any:
         """After a `.to()`: keeps no fused tensor alive on the old device."""

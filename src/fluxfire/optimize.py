@@ -56,6 +56,9 @@ RECIPES: Final = {
 }
 
 
+_WHERE_MEASURED: Final = ("fused_qkv", "fused_kernels", "modulation_table")  # on by default, but not everywhere
+
+
 def plan_pipeline(
     pipe: Any,
     *,
@@ -111,28 +114,30 @@ def plan_pipeline(
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
     static_blocks = has_static_blocks(pipe) if static_blocks is None else static_blocks
-    # What nobody asked for is left out without a word where it does not fit.
-    ours = {"fused_qkv": fuse_qkv, "fused_kernels": fused_kernels, "modulation_table": modulation}
-    ours = {name: offload is None and _on_hopper(pipe) for name, wish in ours.items() if wish is None}
-    rows = modulation if isinstance(modulation, str) else "gpu"
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
     graphs = {"mode": compile if isinstance(compile, str) else "default", "megacache": megacache, "share": share}
     asked: dict[str, tuple[object, dict[str, Any]]] = {  # step: (whether, with what)
         "memory_format": (memory_format, {}),
-        "fused_qkv": (ours.get("fused_qkv", fuse_qkv), {}),
+        "fused_qkv": (fuse_qkv, {}),
         "quantization": (quantize is not None, {"weights": quantize}),
         "attention": (attention is not None, {"backend": attention}),
-        "fused_kernels": (ours.get("fused_kernels", fused_kernels), {}),
+        "fused_kernels": (fused_kernels, {}),
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
-        "modulation_table": (ours.get("modulation_table", modulation), {"weights": rows}),
+        "modulation_table": (
+            modulation,
+            {"weights": "gpu" if modulation is None or modulation is True else modulation},
+        ),
         "prompts": (prompts, {"encoders": "stay" if prompts is True else prompts}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),
     }
-    wanted = {name: settings for name, (whether, settings) in asked.items() if whether}
+    # What nobody asked for is left out without a word where it does not fit.
+    ours = {name for name in _WHERE_MEASURED if asked[name][0] is None}
+    ours = ours if ours and offload is None and _on_hopper(pipe) else set()
+    wanted = {name: settings for name, (whether, settings) in asked.items() if whether or name in ours}
     steps: list[Step] = []
     skips: list[Skip] = []
     for name in (name for name in ORDER if name in wanted):

@@ -242,7 +242,7 @@ class Waiting:
         """Where the pipeline works; without it, where the weights were."""
         pipe = self._pipe()
         device: torch.device = next(iter(self._before.values())) if pipe is None else pipe._execution_device
-        return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
+        return torch.empty(0, device=device).device  # with its index, as weights tell it
 
     def put_back(self) -> None:
         """To the device on which the weights were."""
