@@ -171,6 +171,16 @@ def test_ablations_apply_what_their_names_say() -> None:
     assert list(alone) == ["compile"] and alone["compile"]["options"] == (("shape_padding", False),)
 
 
+def test_cuda_graphs_are_measured_on_the_whole_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxfire.fused_kernels.ON_CPU", True)
+    for kind, first in (("lossless", []), ("float8", ["quantization"])):
+        pipe = make_pipe()
+        variants.VARIANTS[f"{kind}-all+kernels+reduce-overhead"].apply(pipe, 5)
+        steps = {step.name: dict(step.settings) for step in fluxfire.report(pipe).steps}
+        assert list(steps) == [*first, "fused_qkv", "fused_kernels", "compile", "modulation_table"]
+        assert steps["compile"]["mode"] == "reduce-overhead"
+
+
 def test_what_compilers_print_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with runner.output_to(tmp_path / "log") as stderr:
         os.write(1, b"to stdout\n")  # print goes past file descriptor 1 where pytest captures

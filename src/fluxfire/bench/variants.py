@@ -79,6 +79,7 @@ FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 MAX_AUTOTUNE: Final = "max-autotune-no-cudagraphs"
 CUDA_GRAPHS: Final = "reduce-overhead"
+_MODES: Final = (MAX_AUTOTUNE, CUDA_GRAPHS)
 STEPS: Final = ("channels_last", "fused_qkv", "compile", "compile_vae", "cache")
 # The article's, on the transformer. With the VAE's part on top it had not compiled after 400 s (an H200), so that the
 # VAE's steps and flags are measured beside a VAE compiled by default.
@@ -96,7 +97,7 @@ def _ablated(parts: tuple[str, ...], pipe: Any, steps: int) -> Callable[[], str]
     if "fused_qkv" in parts:
         fluxfire.apply_fused_qkv(pipe)
     options = {name: value for part in parts for name, value in FLAGS.get(part, {}).items()}
-    mode = next((part for part in parts if part in (MAX_AUTOTUNE, CUDA_GRAPHS)), "default")
+    mode = next((part for part in parts if part in _MODES), "default")
     if options or mode != "default" or "compile" in parts:
         fluxfire.apply_compile(pipe, mode=mode, options=options, vae="compile_vae" in parts, megacache=None)
     return _cache_half(pipe, steps) if "cache" in parts else no_marks
@@ -156,7 +157,7 @@ def _stacked(parts: tuple[str, ...], flag: str, cache: str, pipe: Any, steps: in
     for part in parts:
         if part not in last:
             PARTS[part](pipe)
-    mode = flag if flag == MAX_AUTOTUNE else "default"
+    mode = flag if flag in _MODES else "default"
     fluxfire.apply_compile(pipe, mode=mode, options=REDUCTIONS.get(flag, {}), megacache=None)
     marks = _CACHES[cache][0](pipe, steps)
     for part in last:
@@ -207,6 +208,9 @@ def _stacks() -> list[Variant]:
         _stack("lossless-all+kernels-schedule", *_KERNELS, cache="schedule"),
         _stack("float8-all+kernels-schedule", "float8", *_KERNELS, cache="schedule"),
     ]
+    for kind, before in (("lossless", ()), ("float8", ("float8",))):  # for pictures so small that the host is behind
+        name = f"{kind}-all+kernels+{CUDA_GRAPHS}"
+        made.append(_stack(name, *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs"))
     for part in KERNELS:  # one part of the kernels alone, on everything else
         for kind in ("lossless", "float8"):
             if (kind, part) not in (("lossless", "quantize"), ("float8", "gelu")):
@@ -272,7 +276,10 @@ GROUPS: Final = {
     "default": tuple(name for name, variant in VARIANTS.items() if variant.group == "peers" and not variant.isolated),
     **{
         group: tuple(name for name, variant in VARIANTS.items() if variant.group == group)
-        for group in ("peers", "speed", "speed-more", "kernels", "float8-ablation", "ablation", "ablation-stack")
+        for group in (
+            *("peers", "speed", "speed-more", "kernels", "cuda-graphs"),
+            *("float8-ablation", "ablation", "ablation-stack"),
+        )
     },
 }
 
