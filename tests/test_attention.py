@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import classes
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import attributes, make_pipe, run
 from diffusers import FluxPipeline
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
@@ -150,6 +153,34 @@ def test_sage_makes_the_report_say_approximate(pipe: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "_attend", lambda backend, qkv: qkv[0])
     fluxfire.optimize_pipeline(pipe, attention="sage", compile=False, cache_threshold=None)
     assert str(fluxfire.report(pipe)).startswith("pictures   approximate, because of attention")
+
+
+def test_sage_is_one_operator_in_graphs_and_goes_again(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def sageattn(q: Any, k: Any, v: Any, tensor_layout: str, **settings: Any) -> Any:
+        torch._dynamo.graph_break()  # as the real one's torch.cuda.set_device
+        calls.append(tensor_layout)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setattr(attention_dispatch, "sageattn", sageattn)
+    monkeypatch.setattr(attention, "_missing", lambda backend: None)
+    torch._dynamo.reset()
+    baseline = run(pipe, steps=2)
+    fluxfire.apply_attention(pipe, "sage")
+    fluxfire.apply_compile(pipe, backend="eager", megacache=None)
+    calls.clear()
+    assert (run(pipe, steps=2) - baseline).norm() <= 1e-5 * baseline.norm()
+    graphs = fluxfire.report(pipe).compile
+    assert graphs is not None and (graphs.graphs, graphs.graph_breaks) == (2, 0)
+    assert calls == ["NHD"] * 2 * len(processors(pipe))
+    # Called with more than the operator has, it is SageAttention's own.
+    q = torch.randn(1, 8, 2, 16)
+    assert attention_dispatch.sageattn(q, q, q, tensor_layout="NHD", is_causal=True).shape == q.shape
+    fluxfire.restore_pipeline(pipe)
+    assert attention_dispatch.sageattn is sageattn and torch.equal(run(pipe, steps=2), baseline)
 
 
 def test_auto_takes_the_fastest_that_is_exact_and_clearly_faster() -> None:

@@ -30,7 +30,13 @@ MEGACACHE = {"aot", "artifacts", "environment", "graphs", "megacache", "share", 
 # The files of one step know each other.
 KERNELS = {"fused_blocks", "fused_kernels", "kernels", "triton_kernels"}
 MODULATION = {"modulation", "modulation_rows"}
-TOGETHER = [KERNELS, MODULATION, {"cache", "first_block", "forecast", "paraattn", "schedule"}, {"compile", *MEGACACHE}]
+TOGETHER = [
+    KERNELS,
+    MODULATION,
+    {"attention", "sage"},
+    {"cache", "first_block", "forecast", "paraattn", "schedule"},
+    {"compile", *MEGACACHE},
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -96,7 +102,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1590  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 6390
+    assert sum(lines.values()) - sum(ahead.values()) <= 6430
 
 
 def test_functions_stay_short() -> None:

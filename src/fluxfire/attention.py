@@ -37,6 +37,7 @@ from fluxfire.errors import ArgumentError
 from fluxfire.linear import DTYPES
 from fluxfire.patches import applying
 from fluxfire.plan import Handle, Step
+from fluxfire.sage import AS_OPERATOR
 
 BACKENDS: Final = {  # ours: diffusers'
     "native": "native",
@@ -128,6 +129,8 @@ def apply_attention(pipe: Any, backend: str = "auto") -> Any:
     reason = check_attention(pipe, backend)
     with applying(pipe, Step("attention", kind, (("backend", backend),)), reason) as handle:
         state = Attention(handle, backend)
+        if backend == "sage":
+            AS_OPERATOR.hold(handle)
         handle.patch.wrap(handle.denoiser, "forward", state.around_denoiser)
         handle.states["attention"] = state
     return pipe
@@ -181,9 +184,8 @@ def _missing(backend: str) -> str | None:
     if backend in IMPLEMENTATIONS:
         name, module, how = IMPLEMENTATIONS[backend]
         known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
-        found = next(
-            (part for part in itertools.accumulate(module.split("."), "{}.{}".format) if not _spec(part)), None
-        )
+        parts = itertools.accumulate(module.split("."), "{}.{}".format)
+        found = next((part for part in parts if not _spec(part)), None)
         if name not in known:
             return f'found torch {torch.__version__} without {name}, needed torch >= 2.11 for "{backend}": use "auto"'
         return found and f'found no {module}, needed for "{backend}": {how}'
@@ -265,10 +267,7 @@ def choose(times: Mapping[str, float], errors: Mapping[str, float]) -> str:
 
 
 def measure(
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    candidates: tuple[str, ...] = CANDIDATES,
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, candidates: tuple[str, ...] = CANDIDATES
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds and relative error of one attention with each backend that takes it.
 

@@ -211,6 +211,9 @@ def _stacks() -> list[Variant]:
     for kind, before in (("lossless", ()), ("float8", ("float8",))):  # for pictures so small that the host is behind
         name = f"{kind}-all+kernels+{CUDA_GRAPHS}"
         made.append(_stack(name, *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs"))
+    for backend in ("fa4", "sage"):
+        parts = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
+        made.append(_stack(f"float8-all+kernels+{backend}", *parts, group="speed-more"))
     for part in KERNELS:  # one part of the kernels alone, on everything else
         for kind in ("lossless", "float8"):
             if (kind, part) not in (("lossless", "quantize"), ("float8", "gelu")):
