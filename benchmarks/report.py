@@ -102,10 +102,16 @@ row's own process; the eager row shown is one of several.
 def load(folder: Path) -> Group:
     """All rows of `fluxfire bench` in a folder with their runs; other files of results are left alone."""
     found: Group = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=_by_number):
         data = json.loads(path.read_text())
         found += [(data["run"], row) for row in data.get("rows", ()) if {"variant", "what", "beside"} <= set(row)]
     return found
+
+
+def _by_number(path: Path) -> tuple[str, int]:
+    """So that a day's tenth file comes after its second: `new_path` names them `..._2026-11-28_10`."""
+    name, _, number = path.stem.rpartition("_")
+    return (name, int(number)) if number.isdigit() else (path.stem, 0)
 
 
 def is_peer(row: results.Row) -> bool:
@@ -225,7 +231,8 @@ def document(folder: Path) -> str:
             f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, diffusers {run['diffusers']}, {run['date']}"
         )
         price = f", {run['price_per_hour']:g} an hour" if run.get("price_per_hour") else ""
-        lines.append(f"- {about}{price}: `{run['command']}`")
+        remark = f" {run['remark']}" if run.get("remark") else ""  # written by hand into a results file
+        lines.append(f"- {about}{price}: `{run['command']}`{remark}")
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
