@@ -65,6 +65,28 @@ def test_blocks_get_inputs_of_one_form() -> None:
     assert plain_tensor({}) is None
 
 
+def test_graphs_take_weights_activations_and_sizes(monkeypatch: pytest.MonkeyPatch, kernels_on_cpu: None) -> None:
+    """CUDA graphs find the weights where they were, and copy the rest in every call; a number would be a CPU tensor."""
+    taken: list[set[str]] = []
+
+    def traced_alone(graph: Any, inputs: Any, **more: Any) -> Any:
+        nodes = graph.graph.find_nodes(op="placeholder")
+        tensors = [node for node in nodes if isinstance(node.meta["example_value"], torch.Tensor)]
+        fixed = {node for node in tensors if "_dynamo_static_input_type" in node.meta.get("tensor_dict", ())}
+        taken.append({node.target for node in tensors if node not in fixed})
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced_alone)
+    pipe = make_pipe(blocks=(1, 1))
+    fluxfire.apply_quantization(pipe, "float8")
+    fluxfire.apply_fused_kernels(fluxfire.apply_fused_qkv(pipe))
+    fluxfire.apply_compile(pipe, mode="reduce-overhead", megacache=None)
+    fluxfire.apply_modulation_table(pipe)
+    run(pipe, steps=2)
+    names = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb_0", "image_rotary_emb_1")
+    assert taken == [{f"L_{name}_" for name in names}] * 2
+
+
 def test_compile_then_cache_has_no_graph_break(pipe: Any) -> None:
     counters = torch._dynamo.utils.counters
     counters.clear()

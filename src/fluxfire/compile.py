@@ -11,6 +11,9 @@ What keeps it at one graph for each kind of block and for batch 1 and batch >= 2
 - A block traced on a view sees its base and its strides, and the next block's input is no such view: another graph. So
   every block gets plain contiguous tensors (a new tensor over the same storage where only the view must go), and None
   for an empty dict.
+- Numbers that a block has (the eps of its norms) are constants as long as no adapter is loaded, whose scale may change:
+  `dynamic=True` makes each an input, which is a new CPU tensor in every call, and traces a block again for those that
+  cannot be one. With CUDA graphs they always are, since such an input is a copy that no graph can hold.
 - Graphs belong to the class's code and are limited to 8 a process, for all pipelines together; the limit is raised
   while one of ours runs.
 Another data type, grad mode, autocast, inference mode, a LoRA or a sequence of one token has graphs of its own.
@@ -79,8 +82,8 @@ SAME_META: Final = Workaround("torch._inductor.fx_passes.post_grad", "same_meta"
 class Graphs:
     """Counts what one pipeline compiles, and sets torch up for it while its modules run."""
 
-    def __init__(self, mode: str, kinds: int) -> None:
-        self._kinds = kinds
+    def __init__(self, denoiser: Any, mode: str, kinds: int) -> None:
+        self._denoiser, self._kinds = denoiser, kinds
         self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
         self._graphs = self._graph_breaks = 0
         self._seconds = 0.0
@@ -98,7 +101,7 @@ class Graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         start = time.perf_counter()
-        with _torch_settings():
+        with _torch_settings(constants=self._cuda_graphs or not _adapted(self._denoiser)):
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -109,13 +112,19 @@ class Graphs:
                     self._seconds += time.perf_counter() - start
 
 
+def _adapted(denoiser: Any) -> bool:
+    """Whether a LoRA or an IP-Adapter is loaded, by what diffusers notes."""
+    notes = ("_hf_peft_config_loaded", "encoder_hid_proj")
+    return any(getattr(denoiser, note, None) for note in notes)
+
+
 @contextmanager
-def _torch_settings() -> Iterator[None]:
+def _torch_settings(constants: bool) -> Iterator[None]:
     import torch._dynamo.config as dynamo
     import torch.fx.experimental._config as symbolic
 
     limits = {"recompile_limit": GRAPH_LIMIT, "accumulated_recompile_limit": 4 * GRAPH_LIMIT}
-    with dynamo.patch(limits), symbolic.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    with dynamo.patch({**limits, "specialize_float": constants}), symbolic.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
 
 
@@ -250,7 +259,7 @@ def apply_compile(
 
     with applying(pipe, Step("compile", "lossless", settings), reason) as handle:
         denoiser, targets = denoiser_of(pipe), _targets(pipe, scope, vae)
-        graphs = Graphs(mode, kinds=len({type(module) for module in targets}))
+        graphs = Graphs(denoiser, mode, kinds=len({type(module) for module in targets}))
         artifacts = artifacts_of(pipe, megacache, share, backend, scope, inductor, dynamic)
         for module in targets:
             more: dict[str, Any] = {"options": inductor()} if backend == "inductor" else {}
