@@ -35,6 +35,7 @@ from os import PathLike
 from typing import Any, Final
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fluxfire.artifacts import artifacts_of, check_place
 from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, wrapped_by
@@ -103,7 +104,9 @@ class Graphs:
         start = time.perf_counter()
         with _torch_settings(constants=self._cuda_graphs or not _adapted(self._denoiser)):
             try:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+                # A guidance branch or a scheduler keeps it, and a graph of the whole would write it over.
+                return tree_map_only(torch.Tensor, torch.clone, out) if self._cuda_graphs else out
             finally:
                 compiled = counters["stats"]["unique_graphs"] - graphs
                 if compiled > 0:
