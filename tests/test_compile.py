@@ -288,10 +288,60 @@ def test_a_torch_without_the_bug_is_left_alone(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graph_modes_and_the_cache_are_a_conflict(pipe: Any, mode: str) -> None:
-    plan = fluxfire.plan_pipeline(pipe, compile=mode)
-    assert [step.name for step in plan.steps] == ["compile"]
-    assert "max-autotune-no-cudagraphs" in plan.skips[0].reason
+@pytest.mark.parametrize("other", ["static_blocks", "offload"])
+def test_what_cuda_graphs_do_not_go_with(mode: str, other: str) -> None:
+    pipe = make_pipe(FluxPipeline)
+    fluxfire.apply_compile(pipe, mode=mode, megacache=None)
+    with pytest.raises(fluxfire.StepError, match=r"replays CUDA graphs.*max-autotune-no-cudagraphs"):
+        fluxfire.apply_offload(pipe, "model") if other == "offload" else fluxfire.apply_static_blocks(pipe)
+
+
+KNOBS: list[dict[str, Any]] = [
+    {"threshold": 0.3, "extrapolate": 2},
+    {"threshold": math.inf, "max_consecutive_hits": 1},
+    {"schedule": "##.#..#.", "extrapolate": 2},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_the_cache_keeps_nothing_that_a_cuda_graph_overwrites(
+    monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+) -> None:
+    """Outputs of graphs are gone with the next denoiser call: here not a number, so that whoever kept one shows it."""
+    import torch._inductor.compile_fx
+
+    given: list[torch.Tensor] = []
+
+    def replayed(graph: Any, inputs: Any, **_: Any) -> Any:
+        def replay(*args: Any) -> Any:
+            out = [part.clone() for part in graph(*args)]
+            given.extend(out)
+            return out
+
+        return replay
+
+    def next_call() -> None:
+        with torch.no_grad():
+            for tensor in given:
+                tensor.fill_(math.nan)
+        overwritten.append(len(given))
+        given.clear()
+
+    overwritten: list[int] = []
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", replayed)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", next_call)
+    outs = []
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        pipe = make_pipe(FluxPipeline, blocks=(2, 2))
+        if graphs:
+            fluxfire.apply_compile(pipe, mode="reduce-overhead", megacache=None)
+        fluxfire.apply_cache(pipe, **knobs)
+        fluxfire.apply_modulation_table(pipe)
+        outs.append((run(pipe, steps=8), run(pipe, steps=8, seed=5), fluxfire.cache_stats(pipe).marks()))
+    (first, second, marks), (first_too, second_too, marks_too) = outs
+    assert marks == marks_too and "." in marks and sum(overwritten) > 40
+    assert (first - first_too).norm() <= 1e-5 * first.norm() and (second - second_too).norm() <= 1e-5 * second.norm()
 
 
 def test_compile_after_the_cache_is_refused_with_the_order(pipe: Any) -> None:

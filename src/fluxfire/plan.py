@@ -60,6 +60,10 @@ _GRAPHS = (
     "replays CUDA graphs, which overwrite their outputs, and this step keeps outputs over denoising steps: "
     'use mode="max-autotune-no-cudagraphs" or mode="default"'
 )
+_MOVED = (
+    "replays CUDA graphs, which hold the addresses of weights, and an offload moves them: "
+    'use mode="max-autotune-no-cudagraphs" or mode="default"'
+)
 _WHOLE = (
     "this step decides between the blocks what they are given, and one graph of the whole denoiser has no such place: "
     'use apply_compile(pipe, scope="blocks")'
@@ -71,9 +75,13 @@ _INSIDE = (
 _BETWEEN: Final = ("static_blocks", "cache", "modulation_table")
 CONFLICTS: Final = (
     *(
-        Conflict("compile", (("mode", mode),), keeper, (), f'mode "{mode}" {_GRAPHS}')
+        Conflict("compile", (("mode", mode),), other, settings, f'mode "{mode}" {why}')
         for mode in ("reduce-overhead", "max-autotune")
-        for keeper in ("static_blocks", "cache")
+        for other, settings, why in (
+            ("static_blocks", (), _GRAPHS),
+            ("cache", (("backend", "para-attn"),), _GRAPHS),  # ours keeps differences, which are its own tensors
+            ("offload", (), _MOVED),
+        )
     ),
     *(Conflict("compile", (("scope", "denoiser"),), keeper, (), _WHOLE) for keeper in _BETWEEN),
     Conflict(
