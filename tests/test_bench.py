@@ -181,6 +181,25 @@ def test_cuda_graphs_are_measured_on_the_whole_stack(monkeypatch: pytest.MonkeyP
         assert steps["compile"]["mode"] == "reduce-overhead"
 
 
+def test_attention_in_8_bits_is_measured_where_one_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxfire.fused_kernels.ON_CPU", True)
+    names = [name for name in variants.VARIANTS if "attention8" in name]
+    assert sorted(names) == [
+        *(f"float8-all+attention8{more}" for more in ("", "+reduce-overhead", "-half", "-schedule")),
+        "lossless-all+attention8",
+    ]
+    assert set(names) <= set(variants.GROUPS["speed-more"]) and not set(names) & set(variants.GROUPS["default"])
+    for name in names:
+        pipe = make_pipe()
+        variants.VARIANTS[name].apply(pipe, 5)
+        steps = {step.name: step for step in fluxfire.report(pipe).steps}
+        cached = ["cache"] if variants.VARIANTS[name].what.count("cache") else []
+        first = ["quantization"] if name.startswith("float8") else []
+        assert list(steps) == [*first, "fused_qkv", "fused_kernels", "compile", *cached, "modulation_table"]
+        assert steps["fused_kernels"].kind == "approximate"
+        assert "attention" in dict(steps["fused_kernels"].settings)["parts"]
+
+
 def test_what_compilers_print_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with runner.output_to(tmp_path / "log") as stderr:
         os.write(1, b"to stdout\n")  # print goes past file descriptor 1 where pytest captures

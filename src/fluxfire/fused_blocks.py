@@ -35,7 +35,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
     """A single block: attention and MLP side by side over text and image tokens."""
 
     plain: bool  # whether diffusers' forward is to run
-    parts: tuple[str, ...]  # of `kernels.PARTS`; what is not among them is left to torch's operations
+    parts: tuple[str, ...]  # of `kernels.PARTS`, `OPTIONAL`; what is not among them is left to torch's operations
     float8: bool  # whether its layers take rows of float8
 
     def forward(
@@ -57,7 +57,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         _, rows = norm(x, scale, shift, self.norm.norm.eps, text=text, float8=self.float8)
         qkv = _heads(attn, _three(attn, "to_qkv", ("to_q", "to_k", "to_v"), rows, x.dtype))
         weights = (attn.norm_q.weight, attn.norm_k.weight)
-        attended = _attended(attn, *rope(qkv, weights, image_rotary_emb, attn.norm_q.eps))
+        attended = _attended(self, *rope(qkv, weights, image_rotary_emb, attn.norm_q.eps))
         if not isinstance(rows, Tensor):
             quantize = kernels.quantize if "quantize" in self.parts else kernels.plain_quantize
             out = _linear(self.proj_out, quantize(attended, _linear(self.proj_mlp, rows, x.dtype)), x.dtype)
@@ -106,7 +106,7 @@ class FusedBlock(FluxTransformerBlock):
         weights = (attn.norm_q.weight, attn.norm_k.weight)
         text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
         eps = attn.norm_q.eps
-        attended = _attended(attn, *rope(qkv, weights, image_rotary_emb, eps, text_qkv, text_weights))
+        attended = _attended(self, *rope(qkv, weights, image_rotary_emb, eps, text_qkv, text_weights))
         tokens = text.shape[1]
         if self.float8:
             quantize = kernels.quantize if "quantize" in self.parts else kernels.plain_quantize
@@ -172,6 +172,9 @@ def _heads(attn: Any, qkv: Three) -> Three:
     return q, k, v
 
 
-def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """By the processor's backend, as diffusers' processor does: three (B, L, heads, channels) -> (B, L, D)."""
-    return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend).flatten(2, 3)
+def _attended(block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In 8 bits, or by the processor's backend, as diffusers' does: three (B, L, heads, channels) -> (B, L, D)."""
+    if "attention" in block.parts:
+        out: Tensor = kernels.attention(q, k, v)
+        return out.flatten(2, 3)
+    return dispatch_attention_fn(q, k, v, backend=block.attn.processor._attention_backend).flatten(2, 3)

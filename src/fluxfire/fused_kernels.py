@@ -10,6 +10,9 @@ put into them stay. What a block has that is not written out (a LoRA, an IP-Adap
 somebody's own) is looked for before each denoiser call, and such a block runs diffusers' forward, counted and with the
 reason in the report.
 
+One part is off unless it is asked for: "attention", its two products in 8 bits, on Hopper GPUs
+(`attention_kernels.py`). It is approximate, as SageAttention is, which does the same kind of thing.
+
 How it differs from the peers': SageAttention's, Nunchaku's and flash-attn's kernels come as compiled extensions for a
 list of GPUs and versions; these are Triton, compiled by the torch that is there, into the same graphs, and kept with
 them by the mega-cache. FLUX.2's and FLUX.3's blocks have other activations and are not written out.
@@ -17,8 +20,11 @@ them by the mega-cache. FLUX.2's and FLUX.3's blocks have other activations and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +32,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fluxfire import kernels
 from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
-from fluxfire.kernels import PARTS
+from fluxfire.kernels import OPTIONAL, PARTS
 from fluxfire.linear import hooked, obstacle
 from fluxfire.patches import applying
 from fluxfire.plan import Step
@@ -71,8 +78,8 @@ def check_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> str | N
         >>> fluxfire.check_fused_kernels(pipe)
         "found the denoiser on a cpu, needed a CUDA GPU: pipe.to('cuda') first"
     """
-    if not parts or not set(parts) <= set(PARTS):
-        raise ArgumentError(f"parts: found {parts!r}, needed some of {', '.join(map(repr, PARTS))}")
+    if not parts or not set(parts) <= {*PARTS, *OPTIONAL}:
+        raise ArgumentError(f"parts: found {parts!r}, needed some of {', '.join(map(repr, (*PARTS, *OPTIONAL)))}")
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     if family.name != "FLUX.1":
         return f"found {family.name}, whose blocks are others, needed FLUX.1: leave fused_kernels out"
@@ -98,16 +105,19 @@ def check_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> str | N
             return f"found {_kind(block)} wrapped by {owner}"
         if reason := _odd(block):
             return reason
-    return None
+    return _no_attention(device, dtype, size) if "attention" in parts and device.type == "cuda" else None
 
 
 def apply_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> Any:
     """FLUX.1's blocks with one kernel for each pass between their products. Lossless.
 
+    With "attention" among the parts it is approximate; the report says so.
+
     Args:
         pipe: a FLUX.1 pipeline on a CUDA GPU, changed in place; best with fused projections, and compiled afterwards.
         parts: what is fused: "norm" (LayerNorm and modulation), "rope" (the queries' and keys' norm and rotation),
-            "quantize" (float8 rows), "gelu" (in the MLP's product; not with 8-bit layers). For measuring.
+            "quantize" (float8 rows), "gelu" (in the MLP's product; not with 8-bit layers). Fewer are for measuring. One
+            more is "attention": in 8 bits instead of by a backend; on a Hopper GPU, in bfloat16.
 
     Returns:
         The same pipe.
@@ -122,7 +132,8 @@ def apply_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> Any:
         fluxfire.errors.StepError: fused_kernels: found the denoiser on a cpu, needed a CUDA GPU: ...
     """
     reason = check_fused_kernels(pipe, parts=parts)
-    with applying(pipe, Step("fused_kernels", "lossless", (("parts", parts),)), reason) as handle:
+    kind = "approximate" if set(parts) & set(OPTIONAL) else "lossless"
+    with applying(pipe, Step("fused_kernels", kind, (("parts", parts),)), reason) as handle:
         state = FusedKernels(pipe)
         handle.patch.on_undo(state.put_back)
         state.put(parts)
@@ -174,6 +185,40 @@ class FusedKernels:
                 reason = self._reasons[block] = _odd(block) or ""
                 block.plain = bool(reason)
                 block.float8 = getattr(block.attn.to_q, "kind", "") in _FLOAT8
+
+
+def _no_attention(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Why the attention in 8 bits cannot be had on this GPU, for heads of this size, or None."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        gpu = torch.cuda.get_device_name(device)
+        return f'found a {gpu}, needed a Hopper GPU (H100, H200) for attention in 8 bits: leave "attention" out'
+    if size != 128 or dtype != torch.bfloat16:
+        found = f"heads of {size} channels in {dtype}"
+        return f'found {found}, needed 128 in torch.bfloat16 for attention in 8 bits: leave "attention" out'
+    return _tried(device)
+
+
+@cache
+def _tried(device: torch.device) -> str | None:
+    """What is wrong with the attention in 8 bits on this GPU, by one small attention; None: nothing."""
+    generator = torch.Generator(device).manual_seed(0)
+    made = (torch.randn(1, 200, 2, 128, generator=generator, device=device) for _ in range(3))
+    q, k, v = (x.to(torch.bfloat16) for x in made)
+    try:
+        with torch.no_grad():
+            out = kernels.attention(q, k, v).float()
+            scores = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()) / math.sqrt(128)
+            exact = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float())
+        error = ((out - exact).norm() / exact.norm()).item()
+        found = "" if error < 0.1 else f"a relative error of {error:.2g} instead of 0.04"
+    except Exception as error:  # Gluon changes with Triton's versions, and a compiler raises anything
+        found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not found:
+        return None
+    return (
+        f"found that the attention in 8 bits does not work with Triton {version('triton')} ({found}), needed one whose "
+        'Gluon it was written for: pip install triton==3.6, or leave "attention" out'
+    )
 
 
 def _sealed(block: Any) -> Seal:

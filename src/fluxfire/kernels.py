@@ -9,14 +9,19 @@ is read once, stays in registers, and is written where the next product or the a
 - `quantize`: a row as float8; the attention's output and the GELU of the MLP's as one row, never joined before.
 - `linear_gelu`: the GELU inside of the product's kernel (cuBLASLt's epilogue, in the tanh form that FLUX.1 has).
 
-Everything is in float32 between reading and writing, so rounded once. On a GPU these are Triton kernels
-(`triton_kernels.py`); on any other device, and for comparison, the functions named `plain_*`, of torch's operations.
+Everything is in float32 between reading and writing, so rounded once. One more is approximate, and by choice:
+
+- `attention`: its two products in 8 bits (`attention_kernels.py`).
+
+On a GPU these are Triton kernels (`triton_kernels.py`); on any other device, and for comparison, the functions named
+`plain_*`, of torch's operations.
 
 Shapes: B samples, T text tokens, L image tokens, R rows (tokens of all samples), K channels, H heads of D channels.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, cast
 
 import torch
@@ -28,6 +33,8 @@ from fluxfire.linear import quantized
 Rows = tuple[Tensor, Tensor]
 
 PARTS: Final = ("norm", "rope", "quantize", "gelu")
+OPTIONAL: Final = ("attention",)  # approximate
+_BLOCK: Final = 128  # keys, and tokens of one scale of keys and values
 
 
 def norm(
@@ -143,6 +150,52 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
 def plain_linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """`linear_gelu` in torch's operations."""
     return nn.functional.gelu(layer(x), approximate="tanh")
+
+
+@torch.library.custom_op("fluxfire::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with scores of int8 and the rest in float8 e4m3: three (B, L, H, D) -> one, contiguous. Approximate.
+
+    An operator, so that graphs take it as it is, on every device; on a GPU D is 128.
+    """
+    if not q.is_cuda:
+        return plain_attention(q, k, v)
+    from fluxfire.attention_kernels import attention
+
+    return attention(q, k, v)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` in torch's operations, with the same 8-bit numbers in float32; any D up to 1024."""
+    length = q.shape[1]
+    some = k[:, torch.arange(64, device=k.device) * length // 64].float().mean(1, keepdim=True)
+    q8, q_scale = _int8(q.float().transpose(1, 2), -1)
+    q_scale = q_scale * (math.log2(math.e) / math.sqrt(q.shape[-1]))
+    total, out = torch.zeros_like(q_scale), torch.zeros_like(q8)
+    top = torch.full_like(q_scale, -math.inf)
+    for start in range(0, length, _BLOCK):  # as a kernel does: P is rounded for the largest score so far
+        keys, values = (x[:, start : start + _BLOCK].float().transpose(1, 2) for x in (k - some, v))
+        k8, k_scale = _int8(keys, (-2, -1))
+        v_scale = values.abs().amax((-2, -1), keepdim=True).clamp_min(1e-6) / 448.0
+        v8 = (values / v_scale).to(torch.float8_e4m3fn).float()
+        scores = q8 @ k8.transpose(-2, -1) * (q_scale * k_scale)
+        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        p, alpha = torch.exp2(scores - new + 8.8), torch.exp2(top - new)
+        total = total * alpha + p.sum(-1, keepdim=True)
+        out = out * alpha + p.to(torch.float8_e4m3fn).float() @ v8 * v_scale
+        top = new
+    return (out / total).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _int8(x: Tensor, dims: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Whole numbers of int8's range, and their scales, one for these dimensions."""
+    scale = x.abs().amax(dims, keepdim=True).clamp_min(1e-6) / 127.0
+    return torch.floor(x / scale + 0.5), scale
 
 
 def _launched(operator: Any, device: torch.device, *arguments: Any) -> Any:

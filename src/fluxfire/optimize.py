@@ -21,6 +21,7 @@ from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError, UndoError
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.fused_kernels import apply_fused_kernels, check_fused_kernels
+from fluxfire.kernels import PARTS
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
@@ -68,7 +69,7 @@ def plan_pipeline(
     quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool | None = None,
-    fused_kernels: bool | None = None,
+    fused_kernels: bool | str | None = None,
     memory_format: bool = False,
     modulation: bool | str | None = None,
     prompts: bool | str = False,
@@ -90,7 +91,8 @@ def plan_pipeline(
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`). None, here and in the next
             two: for FLUX.1 on a Hopper GPU, where it was measured, and without an offload.
-        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`);
+            "attention": with attention in 8 bits, on Hopper GPUs. Approximate.
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.
@@ -122,7 +124,7 @@ def plan_pipeline(
         "fused_qkv": (fuse_qkv, {}),
         "quantization": (quantize is not None, {"weights": quantize}),
         "attention": (attention is not None, {"backend": attention}),
-        "fused_kernels": (fused_kernels, {}),
+        "fused_kernels": (fused_kernels, {"parts": (*PARTS, fused_kernels)} if isinstance(fused_kernels, str) else {}),
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
@@ -138,10 +140,11 @@ def plan_pipeline(
     ours = {name for name in _WHERE_MEASURED if asked[name][0] is None}
     ours = ours if ours and offload is None and _on_hopper(pipe) else set()
     wanted = {name: settings for name, (whether, settings) in asked.items() if whether or name in ours}
+    inexact = {"attention": attention in APPROXIMATE, "fused_kernels": isinstance(fused_kernels, str)}
     steps: list[Step] = []
     skips: list[Skip] = []
     for name in (name for name in ORDER if name in wanted):
-        kind = "approximate" if attention in APPROXIMATE and name == "attention" else RECIPES[name].kind
+        kind = "approximate" if inexact.get(name) else RECIPES[name].kind
         step = Step(name, kind, tuple(wanted[name].items()))
         reason = refusal(step, (*applied, *steps)) or RECIPES[name].check(pipe, **wanted[name])
         if reason is None:
@@ -170,7 +173,7 @@ def optimize_pipeline(
     quantize: str | None = None,
     static_blocks: bool | None = None,
     fuse_qkv: bool | None = None,
-    fused_kernels: bool | None = None,
+    fused_kernels: bool | str | None = None,
     memory_format: bool = False,
     modulation: bool | str | None = None,
     prompts: bool | str = False,
@@ -195,7 +198,8 @@ def optimize_pipeline(
         static_blocks: what is the same in every step, once a run (`apply_static_blocks`); None: where there is such.
         fuse_qkv: one projection in the place of three in each attention (`apply_fused_qkv`). None, here and in the next
             two: for FLUX.1 on a Hopper GPU, where it was measured, and without an offload.
-        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`).
+        fused_kernels: hand-written kernels between FLUX.1's products, on a CUDA GPU (`apply_fused_kernels`);
+            "attention": with attention in 8 bits, on Hopper GPUs. Approximate.
         memory_format: the VAE in channels_last (`apply_memory_format`).
         modulation: FLUX.1's modulation once a run (`apply_modulation_table`); "cpu": its weights in host memory.
         prompts: remember encoded prompts (`apply_prompts`); "cpu": the text encoders in host memory too.

@@ -39,7 +39,10 @@ ORDER: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Two steps that do not go together with these settings (none named: with any), and why. In `ORDER`."""
+    """Two steps that do not go together with these settings (none named: with any), and why. In `ORDER`.
+
+    Of a setting that is a tuple, such as parts, one member is named.
+    """
 
     first: str
     first_settings: tuple[tuple[str, object], ...]
@@ -51,8 +54,8 @@ class Conflict:
         """Whether these two steps, with their settings, are such a pair."""
         return (
             (self.first, self.second) == (first.name, second.name)
-            and set(self.first_settings) <= set(first.settings)
-            and set(self.second_settings) <= set(second.settings)
+            and _has(first, self.first_settings)
+            and _has(second, self.second_settings)
         )
 
 
@@ -71,6 +74,10 @@ _WHOLE = (
 _INSIDE = (
     'the offload\'s hooks would stand inside a compiled graph, which they break: use kind "model", or "group" by '
     'blocks with scope="blocks" and vae=False'
+)
+_TWO_ATTENTIONS = (
+    "attention cannot be in 8 bits and by a backend of that name: leave the backend out, or have the kernels without "
+    '"attention" (fused_kernels=True)'
 )
 _BETWEEN: Final = ("static_blocks", "cache", "modulation_table")
 CONFLICTS: Final = (
@@ -91,6 +98,10 @@ CONFLICTS: Final = (
         (("scope", "denoiser"),),
         "the attention kernel is chosen around each denoiser call, which one graph of all would hold: use "
         'apply_compile(pipe, scope="blocks")',
+    ),
+    *(
+        Conflict("attention", (("backend", backend),), "fused_kernels", (("parts", "attention"),), _TWO_ATTENTIONS)
+        for backend in ("cudnn", "flash", "efficient", "math", "fa3", "fa4", "sage")
     ),
     Conflict(
         "fused_qkv",
@@ -212,6 +223,15 @@ class Handle:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(COPY)
+
+
+def _has(step: Step, settings: tuple[tuple[str, object], ...]) -> bool:
+    mine = dict(step.settings)
+    return all(name in mine and value in (mine[name], *_members(mine[name])) for name, value in settings)
+
+
+def _members(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:

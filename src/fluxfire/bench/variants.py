@@ -139,6 +139,7 @@ PARTS: Final[dict[str, Callable[[Any], Any]]] = {
     },
     "kernels": fluxfire.apply_fused_kernels,
     **{f"kernels-{part}": partial(fluxfire.apply_fused_kernels, parts=(part,)) for part in KERNELS},
+    "kernels-attention8": partial(fluxfire.apply_fused_kernels, parts=(*KERNELS, "attention")),
     "modulation-gpu": partial(fluxfire.apply_modulation_table, weights="gpu"),
     "modulation-cpu": partial(fluxfire.apply_modulation_table, weights="cpu"),
 }
@@ -181,11 +182,17 @@ def _stack(name: str, *parts: str, flag: str = "", cache: str = "", group: str =
 
 _LOSSLESS: Final = ("fused", "attention-auto", "modulation-gpu")
 _KERNELS: Final = ("fused", "kernels", "modulation-gpu")
+_ATTENTION8: Final = ("fused", "kernels-attention8", "modulation-gpu")
 
 
 def _stacks() -> list[Variant]:
     """Each step alone on compiled blocks, then all of them; in float8 too, and that with one thing more or other."""
-    more = ("int8-weights", "attention-sage", "attention-fa3", *(f"kernels-{part}" for part in KERNELS))
+    more = (
+        "int8-weights",
+        "attention-sage",
+        "attention-fa3",
+        *(f"kernels-{part}" for part in (*KERNELS, "attention8")),
+    )
     made = [_stack(part, part) for part in PARTS if part not in more]
     made += [_stack(part, part, group="speed-more") for part in ("int8-weights", "attention-sage", "attention-fa3")]
     made += [
@@ -214,6 +221,10 @@ def _stacks() -> list[Variant]:
     for backend in ("fa4", "sage"):
         parts = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
         made.append(_stack(f"float8-all+kernels+{backend}", *parts, group="speed-more"))
+    made.append(_stack("lossless-all+attention8", *_ATTENTION8, group="speed-more"))
+    for flag, cache in (("", ""), ("", "half"), ("", "schedule"), (CUDA_GRAPHS, "")):
+        name = f"float8-all+attention8{f'+{flag}' if flag else ''}{f'-{cache}' if cache else ''}"
+        made.append(_stack(name, "float8", *_ATTENTION8, flag=flag, cache=cache, group="speed-more"))
     for part in KERNELS:  # one part of the kernels alone, on everything else
         for kind in ("lossless", "float8"):
             if (kind, part) not in (("lossless", "quantize"), ("float8", "gelu")):
