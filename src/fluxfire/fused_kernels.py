@@ -32,7 +32,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fluxfire import kernels
+import fluxfire.kernels as kernels
 from fluxfire.blocks import denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
 from fluxfire.kernels import OPTIONAL, PARTS

@@ -141,8 +141,7 @@ def plan_pipeline(
     ours = ours if ours and offload is None and _on_hopper(pipe) else set()
     wanted = {name: settings for name, (whether, settings) in asked.items() if whether or name in ours}
     inexact = {"attention": attention in APPROXIMATE, "fused_kernels": isinstance(fused_kernels, str)}
-    steps: list[Step] = []
-    skips: list[Skip] = []
+    steps, skips = list[Step](), list[Skip]()
     for name in (name for name in ORDER if name in wanted):
         kind = "approximate" if inexact.get(name) else RECIPES[name].kind
         step = Step(name, kind, tuple(wanted[name].items()))
