@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import runpy
 import sys
 from collections.abc import Callable
@@ -239,6 +240,149 @@ def test_what_was_traced_brings_the_operators_where_there_is_a_gpu(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ImportError, match=r"import of fluxfire\.triton_kernels halted"):
         runpy.run_path(fused_blocks.__file__)
+
+
+WITH_ATTENTION = (*kernels.PARTS, *kernels.OPTIONAL)
+
+
+def normals(*shape: int, offset: float = 0.0) -> list[torch.Tensor]:
+    """q, k, v; `offset`: what all keys have in common, as FLUX's have."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    q, k, v = (torch.randn(*shape, generator=generator) for _ in range(3))
+    return [q, k + offset * torch.randn(shape[2:], generator=generator), v]
+
+
+def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+def attention_in_8_bits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One head, (L, D) each, in float64: all scores at once, where `plain_attention` goes block by block."""
+    blocks = [slice(start, start + 128) for start in range(0, len(k), 128)]
+    q, k, v = q.double(), k.double() - k[torch.arange(64) * len(k) // 64].double().mean(0), v.double()
+
+    def rounded(x: torch.Tensor, largest: torch.Tensor, limit: float) -> torch.Tensor:
+        numbers = x / largest * limit
+        return ((numbers + 0.5).floor() if limit == 127 else numbers.to(torch.float8_e4m3fn).double()) * largest / limit
+
+    q = rounded(q, q.abs().amax(1, keepdim=True), 127)
+    k = torch.cat([rounded(k[part], k[part].abs().max(), 127) for part in blocks])
+    v = torch.cat([rounded(v[part], v[part].abs().max(), 448) for part in blocks])
+    s = q @ k.T / q.shape[1] ** 0.5
+    out, total = torch.zeros_like(q), torch.zeros(len(q), 1, dtype=torch.float64)
+    for part in blocks:
+        seen = s[:, : part.stop].amax(1, keepdim=True)  # what P was rounded for
+        p, now = (s[:, part] - seen).exp() * 2**8.8, (seen - s.amax(1, keepdim=True)).exp()
+        total += now * p.sum(1, keepdim=True)
+        out += now * (p.to(torch.float8_e4m3fn).double() @ v[part])
+    return out / total
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 2, 128), (1, 256, 1, 16), (1, 129, 1, 64)])
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_attention_in_8_bits_is_as_exact_as_its_numbers(shape: tuple[int, ...], offset: float) -> None:
+    q, k, v = normals(*shape, offset=offset)
+    for dtype, rounding in ((torch.float32, 4e-3), (torch.bfloat16, 8e-3)):  # some numbers tip into the next one
+        given = [x.to(dtype) for x in (q, k, v)]
+        given[2] = torch.cat([given[2]] * 3, dim=-1)[..., shape[-1] : 2 * shape[-1]]  # a view, as of a fused projection
+        out = kernels.attention(*given)
+        assert out.dtype == dtype and out.is_contiguous()
+        wanted = torch.empty(shape, dtype=torch.float64)
+        for b, h in itertools.product(range(shape[0]), range(shape[2])):
+            wanted[b, :, h] = attention_in_8_bits(*(x[b, :, h] for x in given))
+        assert relative(out.double(), wanted) < rounding
+        assert 0.01 < relative(out.double(), exact_attention(*given)) < 0.045
+
+
+def test_attention_in_8_bits_is_an_operator_that_graphs_take() -> None:
+    q, k, v = normals(1, 130, 2, 16)
+    torch.library.opcheck(kernels.attention, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_attention_in_8_bits_is_approximate_asked_for_and_taken_back(pipe: Any) -> None:
+    baseline = run(pipe, batch=2)
+    apply_fused_kernels(pipe, parts=("attention",))
+    alone = run(pipe, batch=2)
+    assert 1e-5 < relative(alone, baseline) < 1e-3 and told(pipe) == ALL
+    assert "approximate, because of fused_kernels" in str(fluxfire.report(pipe)).splitlines()[0]
+    assert [step.kind for step in fluxfire.report(pipe).steps] == ["approximate"]
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe, batch=2), baseline)
+    fluxfire.optimize_pipeline(
+        pipe, cache_threshold=None, compile=False, fuse_qkv=True, fused_kernels="attention", modulation=True
+    )
+    fluxfire.restore_pipeline(pipe)
+    apply_fused_kernels(pipe, parts=WITH_ATTENTION)
+    fluxfire.apply_compile(pipe, backend="eager", megacache=None)
+    assert relative(run(pipe, batch=2), alone) < 1e-4
+    graphs = fluxfire.report(pipe).compile
+    assert graphs and graphs.graph_breaks == 0
+
+
+def test_attention_in_8_bits_beside_another_backend_is_two_answers_to_one_question(pipe: Any) -> None:
+    plan = functools.partial(fluxfire.plan_pipeline, pipe, cache_threshold=None, compile=False)
+    for backend in (None, "auto", "native"):
+        last = plan(attention=backend, fused_kernels="attention", quantize="float8").steps[-1]
+        assert (last.name, last.kind) == ("fused_kernels", "approximate")
+    assert [step.kind for step in plan(attention="math", fused_kernels=True).steps] == ["lossless"] * 2
+    (skip,) = plan(attention="math", fused_kernels="attention").skips
+    assert skip.name == "fused_kernels" and "needed" not in skip.reason and "leave the backend out" in skip.reason
+    with pytest.raises(fluxfire.ArgumentError, match=r"needed some of 'norm', .*'attention'"):
+        plan(fused_kernels="tea")
+
+
+def test_attention_in_8_bits_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, bfloat16 = torch.device("cpu"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+    for capability in ((8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        reason = str(fused_kernels._no_attention(cpu, bfloat16, 128))
+        assert reason == "None" if capability == (9, 0) else "found a NVIDIA L40S, needed a Hopper GPU" in reason
+    assert "found heads of 64 channels in torch.bfloat16, needed 128" in str(
+        fused_kernels._no_attention(cpu, bfloat16, 64)
+    )
+    assert "in torch.float32, needed" in str(fused_kernels._no_attention(cpu, torch.float32, 128))
+
+    def raises(*qkv: torch.Tensor) -> torch.Tensor:
+        raise ImportError("cannot import name 'tma'\nand more")
+
+    for instead, found in (
+        (raises, "(ImportError: cannot import name 'tma')"),
+        (lambda q, k, v: v, "a relative error"),
+    ):
+        fused_kernels._tried.cache_clear()
+        monkeypatch.setattr(kernels, "attention", instead)
+        assert found in str(fused_kernels._no_attention(cpu, bfloat16, 128))
+    fused_kernels._tried.cache_clear()
+
+
+def test_the_attention_kernels_compile_for_a_hopper_gpu() -> None:
+    """Without one, by the Triton that is there."""
+    triton = pytest.importorskip("triton", reason="no Triton: torch for CPUs does not bring it")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    import fluxfire.attention_kernels as ours
+
+    def compiled(source: type, function: Any, warps: int, types: dict[str, str], **constants: object) -> str:
+        signature = types | dict.fromkeys(constants, "constexpr")
+        made = source(function, {name: signature[name] for name in function.arg_names}, constexprs=constants)
+        options = {"num_warps": warps}
+        return str(triton.compile(made, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+    scales = {"q_scales": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32", "L": "i32", "LP": "i32"}
+    strides = {f"{x}_stride_{of}": "i32" for x in "qkv" for of in "bl"}
+    pointers = dict.fromkeys("qkv", "*bf16") | {"q8": "*i8", "k8": "*i8", "v8": "*fp8e4nv", "factor": "fp32"}
+    assert "cvt.rn.satfinite.e4m3x2" in compiled(ASTSource, ours._prepare, 8, {**pointers, **scales, **strides}, H=24)
+    tiles = {
+        name: f"tensordesc<{kind}[{rows}, 128],{ours._layout()!r}>"
+        for name, kind, rows in (("q8", "i8", 64), ("k8", "i8", 128), ("v8", "fp8e4nv", 128))
+    }
+    ptx = compiled(GluonASTSource, ours._attend, 4, {**tiles, **scales, "out": "*bf16"}, H=24, RAGGED=True)
+    for product in ("m64n128k32.s32.s8.s8", "m64n128k32.f32.e4m3.e4m3"):
+        assert f"wgmma.mma_async.sync.aligned.{product}" in ptx
 
 
 def test_where_it_cannot_be_applied_it_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,10 @@ them by the mega-cache. FLUX.2's and FLUX.3's blocks have other activations and 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -215,9 +215,10 @@ def _tried(device: torch.device) -> str | None:
         found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if not found:
         return None
+    triton = getattr(sys.modules.get("triton"), "__version__", "")
     return (
-        f"found that the attention in 8 bits does not work with Triton {version('triton')} ({found}), needed one whose "
-        'Gluon it was written for: pip install triton==3.6, or leave "attention" out'
+        f"found that the attention in 8 bits does not work with Triton {triton} ({found}), needed one whose Gluon has "
+        'what it is written in, such as 3.6: leave "attention" out'
     )
 
 

@@ -119,6 +119,47 @@ def test_gelu_in_the_product() -> None:
         assert relative(call(x, layer), exact) < 1.1 * relative(kernels.plain_linear_gelu(x, layer), exact)
 
 
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@hopper
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 200), (2, 1001), (1, 1536), (2, 1536), (1, 4608)])
+@pytest.mark.parametrize("offset", [0, 4])
+@torch.no_grad()
+def test_attention_in_8_bits(batch: int, length: int, offset: int) -> None:
+    """Also of views, as a fused projection gives them, and of keys that have much in common."""
+    q, k = random(batch, length, HEADS, SIZE), random(batch, length, HEADS, SIZE, seed=1)
+    k = k + offset * random(HEADS, SIZE)
+    v = random(batch, length, 3 * DIM)[..., 2 * DIM :].unflatten(-1, (HEADS, SIZE))
+    some = tuple(x[:, :, ::8].float() for x in (q, k, v))  # scores of all heads in float32 would take gigabytes
+    scores = torch.einsum("blhd,bmhd->bhlm", some[0], some[1]) / SIZE**0.5
+    exact = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), some[2])
+    for call in modes(lambda q, k, v: kernels.attention(q, k, v)):
+        out = call(q, k, v)
+        print(batch, length, offset, relative(out[:, :, ::8], exact))
+        assert out.is_contiguous() and 0 < relative(out[:, :, ::8], exact) < 0.06
+        assert relative(out[:, :, ::8], kernels.plain_attention(*some)) < 0.01
+        assert torch.equal(out, kernels.attention(q, k, v))
+
+
+@hopper
+@torch.no_grad()
+def test_attention_in_8_bits_replays_as_a_cuda_graph() -> None:
+    given = [random(1, 700, HEADS, SIZE, seed=seed) for seed in range(3)]
+    first = kernels.attention(*given)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.attention(*given)
+    graph.replay()
+    assert torch.equal(out, first)
+    for seed, x in enumerate(given):
+        x.copy_(random(1, 700, HEADS, SIZE, seed=seed + 3))
+    graph.replay()
+    assert torch.equal(out, kernels.attention(*given)) and not torch.equal(out, first)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @torch.no_grad()
 def test_kernels_run_where_their_rows_are() -> None:
@@ -167,6 +208,36 @@ def test_the_step_at_full_size(pipe: Any, baseline: torch.Tensor, quantized: boo
     assert dict(fluxfire.report(pipe).other)["fused_kernels"] == FusedKernelsStats(fused=57, plain=0, reason="")
     graphs = fluxfire.report(pipe).compile
     assert graphs is None or (graphs.graphs, graphs.graph_breaks) == (2, 0)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+
+
+@hopper
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_step_with_attention_in_8_bits(quantized: bool) -> None:
+    pipe = shallow()
+    baseline = run(pipe)
+    if quantized:
+        fluxfire.apply_quantization(pipe)
+    fluxfire.apply_fused_qkv(pipe)
+    fluxfire.apply_fused_kernels(pipe, parts=(*kernels.PARTS, "attention"))
+    out = run(pipe)
+    fluxfire.restore_pipeline(pipe)
+    assert torch.equal(run(pipe), baseline)
+    torch._dynamo.reset()
+    if quantized:
+        fluxfire.apply_quantization(pipe)
+    fluxfire.apply_fused_qkv(pipe)
+    fluxfire.apply_fused_kernels(pipe, parts=(*kernels.PARTS, "attention"))
+    fluxfire.apply_compile(pipe, megacache=None)
+    fluxfire.apply_modulation_table(pipe)
+    compiled = run(pipe)
+    run(pipe, (512, 768), steps=1)  # 1536 image tokens and 512 of text
+    print(quantized, relative(out, baseline), relative(compiled, baseline), relative(compiled, out))
+    assert 0 < relative(out, baseline) < 0.05 and 0 < relative(compiled, baseline) < 0.05
+    graphs = fluxfire.report(pipe).compile
+    assert graphs is not None and (graphs.graphs, graphs.graph_breaks) == (2, 0)
+    assert [step.kind for step in fluxfire.report(pipe).steps if step.name == "fused_kernels"] == ["approximate"]
     fluxfire.restore_pipeline(pipe)
     assert torch.equal(run(pipe), baseline)
 
