@@ -67,11 +67,6 @@ def _tokens(x, b, h, t, stride_b, stride_l, L):
     return tl.load(at, mask=t[:, None] < L, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _int8(x):
-    return tl.floor(x + 0.5).to(tl.int8)
-
-
 @triton.jit(do_not_specialize=["L"])
 def _prepare(
     q, k, v, q8, q_scales, k8, k_scales, v8, v_scales, L, LP,
@@ -83,20 +78,7 @@ def _prepare(
     i = tl.arange(0, N)
     d = tl.arange(0, D)
     t = block * N + i
-    rows = (head.to(tl.int64) * LP + t[:, None]) * D + d[None, :]
-    if which == 0:
-        x = _tokens(q, b, h, t, q_stride_b, q_stride_l, L)
-        row_scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-6) / 127.0
-        tl.store(q_scales + head * LP + t, row_scale * factor)
-        tl.store(q8 + rows, _int8(x * (1.0 / row_scale)[:, None]))
-    elif which == 1:
-        x = _tokens(k, b, h, t, k_stride_b, k_stride_l, L)
-        some = _tokens(k, b, h, (tl.arange(0, 64) * L) // 64, k_stride_b, k_stride_l, L)
-        x = tl.where(t[:, None] < L, x - (tl.sum(some, 0) * (1.0 / 64))[None, :], 0.0)
-        scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-6) / 127.0
-        tl.store(k_scales + head * (LP // N) + block, scale)
-        tl.store(k8 + rows, _int8(x * (1.0 / scale)))
-    else:
+    if which == 2:
         # Of 16 places the ith is for the token whose column of S the lane has that gives the ith of P.
         t = block * N + ((i & -15) | ((i & 2) << 2) | ((i & 12) >> 1))
         x = _tokens(v, b, h, t, v_stride_b, v_stride_l, L)
@@ -104,6 +86,23 @@ def _prepare(
         tl.store(v_scales + head * (LP // N) + block, scale)
         columns = (head.to(tl.int64) * D + d[:, None]) * LP + block * N + i[None, :]
         tl.store(v8 + columns, tl.trans((x * (1.0 / scale)).to(tl.float8e4nv)))
+    else:  # with one end for both: two would take 172 registers instead of 128
+        if which == 0:
+            x = _tokens(q, b, h, t, q_stride_b, q_stride_l, L)
+            scales = tl.maximum(tl.max(tl.abs(x), 1), 1e-6) / 127.0
+            tl.store(q_scales + head * LP + t, scales * factor)
+            x = x * (1.0 / scales)[:, None]
+            out = q8
+        else:
+            x = _tokens(k, b, h, t, k_stride_b, k_stride_l, L)
+            some = _tokens(k, b, h, (tl.arange(0, 64) * L) // 64, k_stride_b, k_stride_l, L)
+            x = tl.where(t[:, None] < L, x - (tl.sum(some, 0) * (1.0 / 64))[None, :], 0.0)
+            scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-6) / 127.0
+            tl.store(k_scales + head * (LP // N) + block, scale)
+            x = x * (1.0 / scale)
+            out = k8
+        rows = (head.to(tl.int64) * LP + t[:, None]) * D + d[None, :]
+        tl.store(out + rows, tl.floor(x + 0.5).to(tl.int8))
 
 
 @gluon.jit
