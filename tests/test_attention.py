@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import fluxfire
-from fluxfire import attention
+from fluxfire import attention, fa4
 from fluxfire.cache import borrowed_cache
 from fluxfire.structure import describe
 
@@ -124,6 +125,29 @@ def test_another_flash_attention_is_active_only_while_the_denoiser_runs(monkeypa
     with pytest.raises(ZeroDivisionError):
         run(pipe, steps=2)
     assert active() is None
+
+
+def test_torch_gets_two_results_of_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which newer ones give more; torch's own shim, which runs without a GPU, takes them from fluxfire.fa4."""
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> tuple[Any, ...]:
+        assert settings["return_lse"] and settings["softmax_scale"] == 0.5
+        return q + k + v, q[..., 0], None, None, None
+
+    fake = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=lambda *args: args)
+    monkeypatch.setitem(sys.modules, fa4.INTERFACE, fake)
+    fa4.register()
+    before = torch.nn.attention.current_flash_attention_impl()
+    q = torch.ones(1, 4, 2, 8)
+    with attention._implementation("fa4"):
+        assert torch.nn.attention.current_flash_attention_impl() == fa4.NAME
+        from torch.nn.attention import _fa4
+
+        given = dict.fromkeys(inspect.signature(_fa4._fa4_run_forward).parameters)  # torch's versions differ
+        out, lse = _fa4._fa4_run_forward(**given | {"query": q, "key": q, "value": q, "scale": 0.5, "is_causal": False})
+    assert torch.equal(out, 3 * q) and torch.equal(lse, q[..., 0])
+    assert torch.nn.attention.current_flash_attention_impl() == before
+    assert fa4._flash_attn_bwd(q, q) == (q, q)
 
 
 @pytest.mark.parametrize(

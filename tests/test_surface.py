@@ -33,7 +33,7 @@ MODULATION = {"modulation", "modulation_rows"}
 TOGETHER = [
     KERNELS,
     MODULATION,
-    {"attention", "sage"},
+    {"attention", "fa4", "sage"},
     {"cache", "first_block", "forecast", "paraattn", "schedule"},
     {"compile", *MEGACACHE},
 ]
@@ -102,7 +102,7 @@ def test_the_core_stays_small() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
     ahead = {name: count for name, count in lines.items() if name.removesuffix(".py") in MEGACACHE}
     assert sum(ahead.values()) <= 1590  # one part of its own: what replaces Dynamo's guards; torch's own artifacts
-    assert sum(lines.values()) - sum(ahead.values()) <= 6840
+    assert sum(lines.values()) - sum(ahead.values()) <= 6880
 
 
 def test_functions_stay_short() -> None:

@@ -32,6 +32,7 @@ from typing import Any, Final
 
 import torch
 
+import fluxfire.fa4 as fa4
 from fluxfire.blocks import denoiser_of
 from fluxfire.errors import ArgumentError
 from fluxfire.linear import DTYPES
@@ -55,7 +56,7 @@ FASTER: Final = 0.97  # of native's time: closer than that is noise
 
 IMPLEMENTATIONS: Final = {  # of torch's flash kernel: (torch's name, the module that brings it, how to get that)
     "fa3": ("FA3", "flash_attn_interface", "build it from https://github.com/Dao-AILab/flash-attention, folder hopper"),
-    "fa4": ("FA4", "flash_attn.cute", "pip install --pre flash-attn-4"),
+    "fa4": (fa4.NAME, "flash_attn.cute", "pip install --pre flash-attn-4"),
 }
 
 _QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -182,12 +183,13 @@ def _heads(attention: Any) -> tuple[int, int]:
 def _missing(backend: str) -> str | None:
     """What is to be installed for this backend, or None."""
     if backend in IMPLEMENTATIONS:
+        fa4.register()
         name, module, how = IMPLEMENTATIONS[backend]
         known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
         parts = itertools.accumulate(module.split("."), "{}.{}".format)
         found = next((part for part in parts if not _spec(part)), None)
         if name not in known:
-            return f'found torch {torch.__version__} without {name}, needed torch >= 2.11 for "{backend}": use "auto"'
+            return f'found torch {torch.__version__}, needed torch >= 2.11 for "{backend}": use "auto"'
         return found and f'found no {module}, needed for "{backend}": {how}'
     if backend == "sage" and not _spec("sageattention"):
         return 'found no sageattention, needed for "sage": pip install "sageattention>=2.1.1"'
