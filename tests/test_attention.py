@@ -127,6 +127,7 @@ def test_another_flash_attention_is_active_only_while_the_denoiser_runs(monkeypa
     assert active() is None
 
 
+@pytest.mark.filterwarnings("ignore:.*verrid:UserWarning")  # torch's, of the kernels that FlashAttention-4 replaces
 def test_torch_gets_two_results_of_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which newer ones give more; torch's own shim, which runs without a GPU, takes them from fluxfire.fa4."""
 
