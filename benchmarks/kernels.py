@@ -5,7 +5,8 @@
 A row is one kernel: milliseconds, its inputs not in the cache; those of what inductor makes of the `plain_*` function
 with dynamic sizes; those that its bytes take at 3 TB/s; how often a step has it, and what that is in a step; the
 relative difference of the two results, without compilation and with it. `gelu` and `out` are products: fused, against
-the product with a kernel of its own beside it. A CPU has no kernels to measure: `--tokens 3,5 --heads 1` tries it out.
+the product with a kernel of its own beside it. `attention` is against torch's own choice in bfloat16. A CPU has no
+kernels to measure: `--tokens 3,5 --heads 1` tries it out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,14 @@ def cases(
         out: torch.Tensor = last(torch.cat([attended, activated], dim=2))
         return out
 
+    def sdpa(*qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in qkv)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    eight = [("attention, 8 bits", kernels.attention, sdpa, single, SINGLE + DOUBLE)] if hopper else []
     return [
+        *eight,
         ("norm, joined", *both(False, False, True), (x, before, x, *mods), SINGLE),
         ("norm, joined, float8", *both(True, False, True), (x, before, x, *mods), SINGLE),
         ("norm", *both(False, False, False), (x, before, x, *mods), DOUBLE),
