@@ -180,7 +180,8 @@ def test_sage_makes_the_report_say_approximate(pipe: Any, monkeypatch: pytest.Mo
     assert str(fluxfire.report(pipe)).startswith("pictures   approximate, because of attention")
 
 
-def test_sage_is_one_operator_in_graphs_and_goes_again(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sage_is_one_operator_in_graphs_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make_pipe(FluxPipeline, blocks=(1, 1))
     calls: list[str] = []
 
     def sageattn(q: Any, k: Any, v: Any, tensor_layout: str, **settings: Any) -> Any:

@@ -7,6 +7,7 @@ import math
 import types
 from typing import Any
 
+import classes
 import pytest
 import torch
 from conftest import embeds, make_pipe, run
@@ -296,6 +297,12 @@ def test_what_cuda_graphs_do_not_go_with(mode: str, other: str) -> None:
         fluxfire.apply_offload(pipe, "model") if other == "offload" else fluxfire.apply_static_blocks(pipe)
 
 
+def test_cuda_graphs_are_refused_where_a_pipeline_keeps_what_blocks_return() -> None:
+    pipe = classes.make("Flux2KleinKVPipeline")
+    assert "a replay of CUDA graphs overwrites" in str(fluxfire.check_compile(pipe, mode="reduce-overhead"))
+    assert fluxfire.check_compile(pipe, mode="max-autotune-no-cudagraphs") is None
+
+
 KNOBS: list[dict[str, Any]] = [
     {"threshold": 0.3, "extrapolate": 2},
     {"threshold": math.inf, "max_consecutive_hits": 1},
@@ -333,14 +340,14 @@ def test_the_cache_keeps_nothing_that_a_cuda_graph_overwrites(
     outs = []
     for graphs in (False, True):
         torch._dynamo.reset()
-        pipe = make_pipe(FluxPipeline, blocks=(2, 2))
+        pipe = make_pipe(FluxPipeline, blocks=(1, 1))
         if graphs:
             fluxfire.apply_compile(pipe, mode="reduce-overhead", megacache=None)
         fluxfire.apply_cache(pipe, **knobs)
         fluxfire.apply_modulation_table(pipe)
         outs.append((run(pipe, steps=8), run(pipe, steps=8, seed=5), fluxfire.cache_stats(pipe).marks()))
     (first, second, marks), (first_too, second_too, marks_too) = outs
-    assert marks == marks_too and "." in marks and sum(overwritten) > 40
+    assert marks == marks_too and "." in marks and sum(overwritten) > 20
     assert (first - first_too).norm() <= 1e-5 * first.norm() and (second - second_too).norm() <= 1e-5 * second.norm()
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import make_pipe, run
 from diffusers import FluxPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import fluxfire
 
@@ -197,6 +198,26 @@ def test_swapping_compiles_nothing(when: str, fused: bool) -> None:
         load(pipe, number, hotswap=True)
         assert near(run(pipe), drawn_with(number))
     assert graphs(pipe) == before == (2 if when == "after" else 1)
+
+
+@pytest.mark.parametrize("by", ["diffusers", "peft"])
+def test_another_scale_compiles_nothing(by: str) -> None:
+    """A number of Python, where no file told an alpha: it stays an input of the graph."""
+    pipe = make()
+    fluxfire.apply_compile(pipe, backend="eager", megacache=None)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=layers(pipe.transformer), init_lora_weights=False)
+    if by == "diffusers":
+        pipe.transformer.add_adapter(config)
+    else:
+        inject_adapter_in_model(config, pipe.transformer)
+    drawn = []
+    for scale in (1.0, 0.5, 0.25):
+        for module in pipe.transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_scale("default", scale)
+        drawn.append(run(pipe))
+    assert not near(drawn[0], drawn[1]) and not near(drawn[1], drawn[2])
+    assert graphs(pipe) == 1
 
 
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"])

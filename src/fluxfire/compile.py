@@ -29,6 +29,7 @@ import itertools
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -47,6 +48,7 @@ from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
 MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CUDA_GRAPHS: Final = ("reduce-overhead", "max-autotune")
 
 COMPILERS: Final = {  # where to get one for the CPU; elsewhere g++
     "win32": "install Visual Studio's Build Tools, and start from their prompt",
@@ -84,8 +86,9 @@ class Graphs:
     """Counts what one pipeline compiles, and sets torch up for it while its modules run."""
 
     def __init__(self, denoiser: Any, mode: str, kinds: int) -> None:
-        self._denoiser, self._kinds = denoiser, kinds
-        self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
+        self._denoiser = weakref.ref(denoiser)  # which the VAE's decoder, that has us too, may outlive
+        self._kinds = kinds
+        self._cuda_graphs = mode in CUDA_GRAPHS
         self._graphs = self._graph_breaks = 0
         self._seconds = 0.0
 
@@ -102,7 +105,7 @@ class Graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         start = time.perf_counter()
-        with _torch_settings(constants=self._cuda_graphs or not _adapted(self._denoiser)):
+        with _torch_settings(constants=self._cuda_graphs or not _adapted(self._denoiser())):
             try:
                 out = forward(*args, **kwargs)
                 # A guidance branch or a scheduler keeps it, and a graph of the whole would write it over.
@@ -116,8 +119,8 @@ class Graphs:
 
 
 def _adapted(denoiser: Any) -> bool:
-    """Whether a LoRA or an IP-Adapter is loaded, by what diffusers notes."""
-    notes = ("_hf_peft_config_loaded", "encoder_hid_proj")
+    """Whether a LoRA or an IP-Adapter is loaded, by what diffusers and peft note."""
+    notes = ("_hf_peft_config_loaded", "peft_config", "encoder_hid_proj")
     return any(getattr(denoiser, note, None) for note in notes)
 
 
@@ -174,6 +177,9 @@ def check_compile(
     denoiser = denoiser_of(pipe)
     if vae and not hasattr(getattr(pipe, "vae", None), "decoder"):
         return f"found no VAE decoder in {type(pipe).__name__}, needed one for vae=True: leave vae out"
+    if mode in CUDA_GRAPHS and any(base.__name__ == "Flux2KleinKVPipeline" for base in type(pipe).__mro__):
+        why = "keeps keys and values that its blocks return, which a replay of CUDA graphs overwrites"
+        return f'found mode "{mode}" for a pipeline that {why}: use mode="max-autotune-no-cudagraphs"'
     targets = _targets(pipe, scope, vae)
     if reason := compiled_by_others([denoiser, *targets]):
         return reason
