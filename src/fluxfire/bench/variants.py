@@ -128,10 +128,10 @@ def _ablations() -> list[Variant]:
 
 # The steps of a stack by their short names, in the order in which they are applied.
 PARTS: Final[dict[str, Callable[[Any], Any]]] = {
-    "float8": lambda pipe: fluxfire.apply_quantization(pipe, "float8", keep_original=None),
-    "float8-after": lambda pipe: fluxfire.apply_quantization(pipe, "float8-after", keep_original=None),
-    "int8": lambda pipe: fluxfire.apply_quantization(pipe, "int8", keep_original=None),
-    "int8-weights": lambda pipe: fluxfire.apply_quantization(pipe, "int8-weights", keep_original=None),
+    **{
+        kind: partial(fluxfire.apply_quantization, weights=kind, keep_original=None)
+        for kind in ("float8", "float8-after", "int8", "int8-weights")
+    },
     "fused": fluxfire.apply_fused_qkv,
     **{
         f"attention-{name}": partial(fluxfire.apply_attention, backend=name)
