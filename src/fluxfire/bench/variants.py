@@ -187,14 +187,9 @@ _ATTENTION8: Final = ("fused", "kernels-attention8", "modulation-gpu")
 
 def _stacks() -> list[Variant]:
     """Each step alone on compiled blocks, then all of them; in float8 too, and that with one thing more or other."""
-    more = (
-        "int8-weights",
-        "attention-sage",
-        "attention-fa3",
-        *(f"kernels-{part}" for part in (*KERNELS, "attention8")),
-    )
-    made = [_stack(part, part) for part in PARTS if part not in more]
-    made += [_stack(part, part, group="speed-more") for part in ("int8-weights", "attention-sage", "attention-fa3")]
+    more = ("int8-weights", "attention-sage", "attention-fa3")
+    made = [_stack(part, part) for part in PARTS if part not in more and not part.startswith("kernels-")]
+    made += [_stack(part, part, group="speed-more") for part in more]
     made += [
         _stack("lossless-all", *_LOSSLESS),
         _stack("lossless-small", "modulation-cpu"),
@@ -216,8 +211,9 @@ def _stacks() -> list[Variant]:
         _stack("float8-all+kernels-schedule", "float8", *_KERNELS, cache="schedule"),
     ]
     for kind, before in (("lossless", ()), ("float8", ("float8",))):  # for pictures so small that the host is behind
-        name = f"{kind}-all+kernels+{CUDA_GRAPHS}"
-        made.append(_stack(name, *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs"))
+        made.append(
+            _stack(f"{kind}-all+kernels+{CUDA_GRAPHS}", *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs")
+        )
     for backend in ("fa4", "sage"):
         parts = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
         made.append(_stack(f"float8-all+kernels+{backend}", *parts, group="speed-more"))
@@ -242,16 +238,8 @@ VARIANTS: Final = {
     for variant in (
         Variant("eager", _eager, "diffusers as it is"),
         Variant("fluxfire", _lossless, "fluxfire.apply_compile(pipe, megacache=None)"),
-        Variant(
-            "fluxfire-half",
-            _half,
-            f"apply_compile(pipe, megacache=None), apply_cache(pipe, inf, max_consecutive_hits=1){_HALF}",
-        ),
-        Variant(
-            "diffusers-compile",
-            peers.compile_repeated_blocks,
-            "pipe.transformer.compile_repeated_blocks(fullgraph=True)",
-        ),
+        Variant("fluxfire-half", _half, f"apply_compile(pipe), apply_cache(pipe, inf, max_consecutive_hits=1){_HALF}"),
+        Variant("diffusers-compile", peers.compile_repeated_blocks, "compile_repeated_blocks(fullgraph=True)"),
         Variant(
             "diffusers-fbc-half",
             peers.first_block_cache,
@@ -290,10 +278,7 @@ GROUPS: Final = {
     "default": tuple(name for name, variant in VARIANTS.items() if variant.group == "peers" and not variant.isolated),
     **{
         group: tuple(name for name, variant in VARIANTS.items() if variant.group == group)
-        for group in (
-            *("peers", "speed", "speed-more", "kernels", "cuda-graphs"),
-            *("float8-ablation", "ablation", "ablation-stack"),
-        )
+        for group in dict.fromkeys(variant.group for variant in VARIANTS.values())
     },
 }
 
