@@ -261,6 +261,7 @@ def attention_in_8_bits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     """One head, (L, D) each, in float64: all scores at once, where `plain_attention` goes block by block."""
     blocks = [slice(start, start + 128) for start in range(0, len(k), 128)]
     q, k, v = q.double(), k.double() - k[torch.arange(64) * len(k) // 64].double().mean(0), v.double()
+    v = v - (common := v[::4].mean(0))
 
     def rounded(x: torch.Tensor, largest: torch.Tensor, limit: float) -> torch.Tensor:
         numbers = x / largest * limit
@@ -276,7 +277,7 @@ def attention_in_8_bits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
         p, now = (s[:, part] - seen).exp() * 2**8.8, (seen - s.amax(1, keepdim=True)).exp()
         total += now * p.sum(1, keepdim=True)
         out += now * (p.to(torch.float8_e4m3fn).double() @ v[part])
-    return out / total
+    return out / total + common
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 2, 128), (1, 256, 1, 16), (1, 129, 1, 64)])
@@ -293,6 +294,17 @@ def test_attention_in_8_bits_is_as_exact_as_its_numbers(shape: tuple[int, ...], 
             wanted[b, :, h] = attention_in_8_bits(*(x[b, :, h] for x in given))
         assert relative(out.double(), wanted) < rounding
         assert 0.01 < relative(out.double(), exact_attention(*given)) < 0.045
+
+
+def test_attention_in_8_bits_keeps_what_values_have_in_common_and_shows_nan() -> None:
+    q, k, v = normals(1, 300, 2, 64)
+    exact = exact_attention(q, k, v)
+    out = kernels.attention(q, k, v + 20).double() - 20
+    assert relative(out, exact) < 0.045
+    assert torch.equal(kernels.attention(q, k, v[:, :1].expand_as(v)), v[:, :1].expand_as(v))
+    q[0, 7, 1, 3] = torch.nan
+    lost = kernels.attention(q, k, v).isnan()
+    assert lost[0, 7, 1].all() and lost.sum() == 64
 
 
 def test_attention_in_8_bits_is_an_operator_that_graphs_take() -> None:
@@ -328,8 +340,9 @@ def test_attention_in_8_bits_beside_another_backend_is_two_answers_to_one_questi
     assert [step.kind for step in plan(attention="math", fused_kernels=True).steps] == ["lossless"] * 2
     (skip,) = plan(attention="math", fused_kernels="attention").skips
     assert skip.name == "fused_kernels" and "needed" not in skip.reason and "leave the backend out" in skip.reason
-    with pytest.raises(fluxfire.ArgumentError, match=r"needed some of 'norm', .*'attention'"):
-        plan(fused_kernels="tea")
+    for other in ("tea", "norm", ("attention",), 1.5):
+        with pytest.raises(fluxfire.ArgumentError, match=r"fused_kernels: found .*, needed None, True, .* 'attention'"):
+            plan(fused_kernels=other)
 
 
 def test_attention_in_8_bits_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +369,15 @@ def test_attention_in_8_bits_says_where_it_cannot_run(monkeypatch: pytest.Monkey
         assert found in str(fused_kernels._no_attention(cpu, bfloat16, 128))
     fused_kernels._tried.cache_clear()
 
+    def full(*qkv: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("found no memory")
+
+    monkeypatch.setattr(kernels, "attention", full)
+    with pytest.raises(torch.OutOfMemoryError):  # which another call may find
+        fused_kernels._no_attention(cpu, bfloat16, 128)
+    monkeypatch.setattr(kernels, "attention", kernels.plain_attention)
+    assert fused_kernels._no_attention(cpu, bfloat16, 128) is None
+
 
 def test_the_attention_kernels_compile_for_a_hopper_gpu() -> None:
     """Without one, by the Triton that is there."""
@@ -372,7 +394,14 @@ def test_the_attention_kernels_compile_for_a_hopper_gpu() -> None:
         options = {"num_warps": warps}
         return str(triton.compile(made, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
-    scales = {"q_scales": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32", "L": "i32", "LP": "i32"}
+    scales = {
+        "q_scales": "*fp32",
+        "k_scales": "*fp32",
+        "v_scales": "*fp32",
+        "v_means": "*fp32",
+        "L": "i32",
+        "LP": "i32",
+    }
     strides = {f"{x}_stride_{of}": "i32" for x in "qkv" for of in "bl"}
     pointers = dict.fromkeys("qkv", "*bf16") | {"q8": "*i8", "k8": "*i8", "v8": "*fp8e4nv", "factor": "fp32"}
     assert "cvt.rn.satfinite.e4m3x2" in compiled(ASTSource, ours._prepare, 8, {**pointers, **scales, **strides}, H=24)
@@ -387,8 +416,11 @@ def test_the_attention_kernels_compile_for_a_hopper_gpu() -> None:
 
 def test_where_it_cannot_be_applied_it_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needed FLUX.1" in str(check_fused_kernels(classes.make("Flux2KleinPipeline")))
-    with pytest.raises(fluxfire.ArgumentError, match="needed some of 'norm'"):
+    with pytest.raises(fluxfire.ArgumentError, match="needed a tuple with some of 'norm'"):
         check_fused_kernels(pipe, parts=("gelu", "tea"))
+    for parts in (["norm"], "norm", (), (["norm"],)):
+        with pytest.raises(fluxfire.ArgumentError, match=r"parts: found .*, needed a tuple with some of 'norm'"):
+            check_fused_kernels(pipe, parts=parts)
     linear = torch.nn.Linear(32, 128)
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     first = pipe.transformer.single_transformer_blocks[0]

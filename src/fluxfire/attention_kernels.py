@@ -5,6 +5,10 @@ the way the second wants them: queries with a scale for each token, keys and val
 values turned, since wgmma takes 8-bit operands with the summed index innermost alone. What all keys have in common (the
 mean of 64 of them) is taken off first: softmax does not see it, and it would be most of what the scale is for.
 
+So is what all values have in common, and it comes back at the end, since probabilities sum to one: the tensor cores cut
+their sum off at some 14 bits, and one that grows with each key would come out too small (over 16,896 keys by 1.3 %). It
+is the mean of every fourth, by torch: that of 64 is off by an eighth of their spread, which would add up all the same.
+
 `_attend` (Gluon) is a flash attention of 192 queries a program, in four groups of warps: one loads blocks of 128 keys
 and values by TMA, three have 64 queries each, so that one's softmax runs beside the others' products:
 
@@ -19,7 +23,8 @@ and values by TMA, three have 64 queries each, so that one's softmax runs beside
   has put V's tokens into the same order.
 
 Sources: that order is FlashAttention-3's (https://arxiv.org/abs/2407.08608); int8 scores, and the mean taken off the
-keys, are SageAttention's (https://arxiv.org/abs/2410.02367). Their kernels come compiled; these are Gluon's.
+keys, are SageAttention's (https://arxiv.org/abs/2410.02367), the values' mean is SageAttention2's
+(https://arxiv.org/abs/2411.10958). Their kernels come compiled; these are Gluon's.
 
 Shapes: B samples, L tokens, H heads of D channels; LP is L up to the next multiple of 128.
 """
@@ -69,10 +74,13 @@ def _tokens(x, b, h, t, stride_b, stride_l, L):
 
 @triton.jit(do_not_specialize=["L"])
 def _prepare(
-    q, k, v, q8, q_scales, k8, k_scales, v8, v_scales, L, LP,
+    q, k, v, q8, q_scales, k8, k_scales, v8, v_scales, v_means, L, LP,
     q_stride_b, q_stride_l, k_stride_b, k_stride_l, v_stride_b, v_stride_l, factor, H: tl.constexpr,
 ):  # fmt: skip
-    """q8 and k8 (B H, LP, D), v8 (B H, D, LP); q_scales (B H, LP) with the factor in it, the others (B H, LP / N)."""
+    """q8 and k8 (B H, LP, D), v8 (B H, D, LP); q_scales (B H, LP) with the factor in it, the others (B H, LP / N).
+
+    v_means (B H, D) is read. NaN stays NaN in queries, by an infinite scale, and in values, but not in keys.
+    """
     h, block, b, which = tl.program_id(0), tl.program_id(1), tl.program_id(2) // 3, tl.program_id(2) % 3
     head = b * H + h
     i = tl.arange(0, N)
@@ -81,7 +89,8 @@ def _prepare(
     if which == 2:
         # Of 16 places the ith is for the token whose column of S the lane has that gives the ith of P.
         t = block * N + ((i & -15) | ((i & 2) << 2) | ((i & 12) >> 1))
-        x = _tokens(v, b, h, t, v_stride_b, v_stride_l, L)
+        x = _tokens(v, b, h, t, v_stride_b, v_stride_l, L) - tl.load(v_means + head * D + d)[None, :]
+        x = tl.where(t[:, None] < L, x, 0.0)
         scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-6) / 448.0
         tl.store(v_scales + head * (LP // N) + block, scale)
         columns = (head.to(tl.int64) * D + d[:, None]) * LP + block * N + i[None, :]
@@ -89,7 +98,7 @@ def _prepare(
     else:  # with one end for both: two would take 172 registers instead of 128
         if which == 0:
             x = _tokens(q, b, h, t, q_stride_b, q_stride_l, L)
-            scales = tl.maximum(tl.max(tl.abs(x), 1), 1e-6) / 127.0
+            scales = tl.maximum(tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1), 1e-6) / 127.0
             tl.store(q_scales + head * LP + t, scales * factor)
             x = x * (1.0 / scales)[:, None]
             out = q8
@@ -161,7 +170,7 @@ def _operand(p, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    q_scales, k_scales, v_scales, out, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP,
+    q_scales, k_scales, v_scales, v_means, out, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP,
     g: gl.constexpr, H: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 queries over all keys."""
@@ -194,16 +203,17 @@ def _multiply(
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(bars.index(3 * STAGES + stage), count=1)
     unit = gl.load(v_scales + (L - 1) // N) / total
-    o = o * gl.convert_layout(unit, gl.SliceLayout(1, O_LAYOUT))[:, None]
     rows = (block * G + g) * M + gl.arange(0, M, layout=gl.SliceLayout(1, O_LAYOUT))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+    mean = gl.load(v_means + head * D + columns)
+    o = o * gl.convert_layout(unit, gl.SliceLayout(1, O_LAYOUT))[:, None] + mean[None, :]
     at = out + ((head // H).to(gl.int64) * L + rows[:, None]) * (H * D) + (head % H) * D + columns[None, :]
     gl.store(at, o.to(out.dtype.element_ty), mask=(rows < L)[:, None])
 
 
 @gluon.jit(do_not_specialize=["L"])
 def _attend(
-    q8, q_scales, k8, k_scales, v8, v_scales, out, L, LP, H: gl.constexpr, RAGGED: gl.constexpr
+    q8, q_scales, k8, k_scales, v8, v_scales, v_means, out, L, LP, H: gl.constexpr, RAGGED: gl.constexpr
 ):  # fmt: skip
     block, head = gl.program_id(0), gl.program_id(1)
     q_tiles = gl.allocate_shared_memory(q8.dtype, [G, M, D], q8.layout)
@@ -219,12 +229,12 @@ def _attend(
     fence_async_shared()
     # The first stays in the warps of the launch; then, of the others, how many warps and how many registers a thread.
     gl.warp_specialize([
-        (_multiply, (q_scales, k_scales, v_scales, out, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP,
-                     gl.constexpr(0), H, RAGGED)),
-        (_multiply, (q_scales, k_scales, v_scales, out, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP,
-                     gl.constexpr(1), H, RAGGED)),
-        (_multiply, (q_scales, k_scales, v_scales, out, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP,
-                     gl.constexpr(2), H, RAGGED)),
+        (_multiply, (q_scales, k_scales, v_scales, v_means, out, q_tiles, k_tiles, v_tiles, bars, head, block,
+                     L, LP, gl.constexpr(0), H, RAGGED)),
+        (_multiply, (q_scales, k_scales, v_scales, v_means, out, q_tiles, k_tiles, v_tiles, bars, head, block,
+                     L, LP, gl.constexpr(1), H, RAGGED)),
+        (_multiply, (q_scales, k_scales, v_scales, v_means, out, q_tiles, k_tiles, v_tiles, bars, head, block,
+                     L, LP, gl.constexpr(2), H, RAGGED)),
         (_load, (q8, k8, v8, q_tiles, k_tiles, v_tiles, bars, head, block, L, LP)),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -247,16 +257,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q_scales = torch.empty((all_heads, padded), dtype=torch.float32, device=q.device)
     k_scales = torch.empty((all_heads, blocks), dtype=torch.float32, device=q.device)
     v_scales = torch.empty_like(k_scales)
+    v_means = v[:, ::4].mean(1, dtype=torch.float32).contiguous()
     out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=q.device)
     with torch.cuda.device(q.device):  # Triton launches on the current one
         _prepare[(heads, blocks, 3 * batch)](
-            q, k, v, q8, q_scales, k8, k_scales, v8, v_scales, length, padded,
+            q, k, v, q8, q_scales, k8, k_scales, v8, v_scales, v_means, length, padded,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             math.log2(math.e) / math.sqrt(size), H=heads, num_warps=8,
         )  # fmt: skip
         tiles = [TensorDescriptor.from_tensor(x, [n, 128], _layout()) for x, n in ((q8, 64), (k8, 128), (v8, 128))]
         _attend[(-(-length // 192), all_heads)](
-            tiles[0], q_scales, tiles[1], k_scales, tiles[2], v_scales, out, length, padded,
+            tiles[0], q_scales, tiles[1], k_scales, tiles[2], v_scales, v_means, out, length, padded,
             H=heads, RAGGED=length % 128 != 0, num_warps=4,
         )  # fmt: skip
     return out

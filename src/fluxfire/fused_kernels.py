@@ -78,8 +78,9 @@ def check_fused_kernels(pipe: Any, *, parts: tuple[str, ...] = PARTS) -> str | N
         >>> fluxfire.check_fused_kernels(pipe)
         "found the denoiser on a cpu, needed a CUDA GPU: pipe.to('cuda') first"
     """
-    if not parts or not set(parts) <= {*PARTS, *OPTIONAL}:
-        raise ArgumentError(f"parts: found {parts!r}, needed some of {', '.join(map(repr, (*PARTS, *OPTIONAL)))}")
+    if not (isinstance(parts, tuple) and parts and all(part in (*PARTS, *OPTIONAL) for part in parts)):
+        known = ", ".join(map(repr, (*PARTS, *OPTIONAL)))
+        raise ArgumentError(f"parts: found {parts!r}, needed a tuple with some of {known}")
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     if family.name != "FLUX.1":
         return f"found {family.name}, whose blocks are others, needed FLUX.1: leave fused_kernels out"
@@ -200,17 +201,23 @@ def _no_attention(device: torch.device, dtype: torch.dtype, size: int) -> str | 
 
 @cache
 def _tried(device: torch.device) -> str | None:
-    """What is wrong with the attention in 8 bits on this GPU, by one small attention; None: nothing."""
+    """What is wrong with the attention in 8 bits on this GPU, by one small attention; None: nothing.
+
+    Its keys are more than the stages hold; its values have a mean, which is no part of what the error is relative to.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    made = (torch.randn(1, 200, 2, 128, generator=generator, device=device) for _ in range(3))
+    made = (torch.randn(1, 700, 2, 128, generator=generator, device=device) for _ in range(3))
     q, k, v = (x.to(torch.bfloat16) for x in made)
+    v = v + 1
     try:
         with torch.no_grad():
             out = kernels.attention(q, k, v).float()
             scores = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()) / math.sqrt(128)
             exact = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float())
-        error = ((out - exact).norm() / exact.norm()).item()
-        found = "" if error < 0.1 else f"a relative error of {error:.2g} instead of 0.04"
+        error = ((out - exact).norm() / (exact - 1).norm()).item()
+        found = "" if error < 0.1 else f"a relative error of {error:.2g} instead of 0.05"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Gluon changes with Triton's versions, and a compiler raises anything
         found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if not found:

@@ -173,13 +173,14 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention` in torch's operations, with the same 8-bit numbers in float32; any D up to 1024."""
     length = q.shape[1]
-    some = k[:, torch.arange(64, device=k.device) * length // 64].float().mean(1, keepdim=True)
+    k_mean = k[:, torch.arange(64, device=k.device) * length // 64].float().mean(1, keepdim=True)
+    v_mean = v[:, ::4].float().mean(1, keepdim=True)
     q8, q_scale = _int8(q.float().transpose(1, 2), -1)
     q_scale = q_scale * (math.log2(math.e) / math.sqrt(q.shape[-1]))
     total, out = torch.zeros_like(q_scale), torch.zeros_like(q8)
     top = torch.full_like(q_scale, -math.inf)
     for start in range(0, length, _BLOCK):  # as a kernel does: P is rounded for the largest score so far
-        keys, values = (x[:, start : start + _BLOCK].float().transpose(1, 2) for x in (k - some, v))
+        keys, values = (x[:, start : start + _BLOCK].float().transpose(1, 2) for x in (k - k_mean, v - v_mean))
         k8, k_scale = _int8(keys, (-2, -1))
         v_scale = values.abs().amax((-2, -1), keepdim=True).clamp_min(1e-6) / 448.0
         v8 = (values / v_scale).to(torch.float8_e4m3fn).float()
@@ -189,7 +190,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total = total * alpha + p.sum(-1, keepdim=True)
         out = out * alpha + p.to(torch.float8_e4m3fn).float() @ v8 * v_scale
         top = new
-    return (out / total).transpose(1, 2).to(q.dtype).contiguous()
+    return ((out / total).transpose(1, 2) + v_mean).to(q.dtype).contiguous()
 
 
 def _int8(x: Tensor, dims: int | tuple[int, int]) -> tuple[Tensor, Tensor]:

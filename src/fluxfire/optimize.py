@@ -21,7 +21,7 @@ from fluxfire.compile import apply_compile, check_compile
 from fluxfire.errors import ArgumentError, NotOptimizedError, StepError, UndoError
 from fluxfire.fuse import apply_fused_qkv, check_fused_qkv
 from fluxfire.fused_kernels import apply_fused_kernels, check_fused_kernels
-from fluxfire.kernels import PARTS
+from fluxfire.kernels import OPTIONAL, PARTS
 from fluxfire.memory import apply_memory_format, apply_vae_tiling, check_memory_format, check_vae_tiling
 from fluxfire.modulation import apply_modulation_table, check_modulation_table
 from fluxfire.offload import apply_offload, check_offload
@@ -115,6 +115,8 @@ def plan_pipeline(
     """
     if not isinstance(compile, bool | str):
         raise ArgumentError(f"compile: found {compile!r}, needed True, False, or a mode of torch by name")
+    if fused_kernels not in (None, True, False, *OPTIONAL):
+        raise ArgumentError(f"fused_kernels: found {fused_kernels!r}, needed None, True, False, or {OPTIONAL[0]!r}")
     static_blocks = has_static_blocks(pipe) if static_blocks is None else static_blocks
     handle = handle_of(pipe)
     applied = tuple(handle.steps) if handle else ()
@@ -128,10 +130,7 @@ def plan_pipeline(
         "compile": (compile, graphs),
         "static_blocks": (static_blocks, {}),
         "cache": (cache_threshold is not None, {"threshold": cache_threshold}),
-        "modulation_table": (
-            modulation,
-            {"weights": "gpu" if modulation is None or modulation is True else modulation},
-        ),
+        "modulation_table": (modulation, {"weights": "gpu" if modulation in (None, True) else modulation}),
         "prompts": (prompts, {"encoders": "stay" if prompts is True else prompts}),
         "vae_tiling": (vae_tiling, {}),
         "offload": (offload is not None, {"kind": offload}),

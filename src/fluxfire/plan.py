@@ -227,11 +227,10 @@ class Handle:
 
 def _has(step: Step, settings: tuple[tuple[str, object], ...]) -> bool:
     mine = dict(step.settings)
-    return all(name in mine and value in (mine[name], *_members(mine[name])) for name, value in settings)
-
-
-def _members(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else ()
+    return all(
+        name in mine and (mine[name] == value or (isinstance(mine[name], tuple) and value in mine[name]))
+        for name, value in settings
+    )
 
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
