@@ -226,11 +226,8 @@ class Handle:
 
 
 def _has(step: Step, settings: tuple[tuple[str, object], ...]) -> bool:
-    mine = dict(step.settings)
-    return all(
-        name in mine and (mine[name] == value or (isinstance(mine[name], tuple) and value in mine[name]))
-        for name, value in settings
-    )
+    mine = {name: value if isinstance(value, tuple) else (value,) for name, value in step.settings}
+    return all(value in mine.get(name, ()) for name, value in settings)
 
 
 def refusal(new: Step, earlier: tuple[Step, ...]) -> str | None:
