@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 
-ON_GPU = "on an accelerator alone: equals the baseline (`tests/gpu/test_offload.py`)"
+ON_GPU = "on an accelerator alone; `tests/gpu/test_offload.py` tries it beside memory_format and vae_tiling"
 
 
 def variants(name: str) -> list[tuple[str, dict[str, Any]]]:
