@@ -24,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 import fluxfire
 from fluxfire import fused_blocks, fused_kernels, kernels
+from fluxfire.attention import BACKENDS
 from fluxfire.fused_kernels import FusedKernelsStats, apply_fused_kernels, check_fused_kernels
+from fluxfire.plan import CONFLICTS
 
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 BLOCKS = 4
@@ -338,6 +340,8 @@ def test_attention_in_8_bits_beside_another_backend_is_two_answers_to_one_questi
         last = plan(attention=backend, fused_kernels="attention", quantize="float8").steps[-1]
         assert (last.name, last.kind) == ("fused_kernels", "approximate")
     assert [step.kind for step in plan(attention="math", fused_kernels=True).steps] == ["lossless"] * 2
+    named = {dict(one.first_settings)["backend"] for one in CONFLICTS if dict(one.second_settings).get("parts")}
+    assert named == set(BACKENDS) - {"native"}
     (skip,) = plan(attention="math", fused_kernels="attention").skips
     assert skip.name == "fused_kernels" and "needed" not in skip.reason and "leave the backend out" in skip.reason
     for other in ("tea", "norm", ("attention",), 1.5):

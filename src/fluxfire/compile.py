@@ -42,13 +42,12 @@ from fluxfire.artifacts import artifacts_of, check_place
 from fluxfire.blocks import compiled_by_others, denoiser_of, family_of, wrapped_by
 from fluxfire.errors import ArgumentError
 from fluxfire.patches import Workaround, applying
-from fluxfire.plan import Step
+from fluxfire.plan import CUDA_GRAPHS, Step
 from fluxfire.run import on_plain_inputs
 from fluxfire.stats import CompileStats
 
 SCOPES: Final = ("blocks", "denoiser")
-MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-CUDA_GRAPHS: Final = ("reduce-overhead", "max-autotune")
+MODES: Final = ("default", *CUDA_GRAPHS, "max-autotune-no-cudagraphs")
 
 COMPILERS: Final = {  # where to get one for the CPU; elsewhere g++
     "win32": "install Visual Studio's Build Tools, and start from their prompt",

@@ -59,6 +59,7 @@ class Conflict:
         )
 
 
+CUDA_GRAPHS: Final = ("reduce-overhead", "max-autotune")  # the modes of torch.compile that replay such
 _GRAPHS = (
     "replays CUDA graphs, which overwrite their outputs, and this step keeps outputs over denoising steps: "
     'use mode="max-autotune-no-cudagraphs" or mode="default"'
@@ -83,7 +84,7 @@ _BETWEEN: Final = ("static_blocks", "cache", "modulation_table")
 CONFLICTS: Final = (
     *(
         Conflict("compile", (("mode", mode),), other, settings, f'mode "{mode}" {why}')
-        for mode in ("reduce-overhead", "max-autotune")
+        for mode in CUDA_GRAPHS
         for other, settings, why in (
             ("static_blocks", (), _GRAPHS),
             ("cache", (("backend", "para-attn"),), _GRAPHS),  # ours keeps differences, which are its own tensors

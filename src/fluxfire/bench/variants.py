@@ -180,6 +180,7 @@ def _stack(name: str, *parts: str, flag: str = "", cache: str = "", group: str =
     return Variant(name, apply, what, whole=cache == "schedule", flag=flag, group=group)
 
 
+_KINDS: Final[dict[str, tuple[str, ...]]] = {"lossless": (), "float8": ("float8",)}
 _LOSSLESS: Final = ("fused", "attention-auto", "modulation-gpu")
 _KERNELS: Final = ("fused", "kernels", "modulation-gpu")
 _ATTENTION8: Final = ("fused", "kernels-attention8", "modulation-gpu")
@@ -210,21 +211,20 @@ def _stacks() -> list[Variant]:
         _stack("lossless-all+kernels-schedule", *_KERNELS, cache="schedule"),
         _stack("float8-all+kernels-schedule", "float8", *_KERNELS, cache="schedule"),
     ]
-    for kind, before in (("lossless", ()), ("float8", ("float8",))):  # for pictures so small that the host is behind
+    for kind, before in _KINDS.items():  # for pictures so small that the host is behind
         made.append(
             _stack(f"{kind}-all+kernels+{CUDA_GRAPHS}", *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs")
         )
     for backend in ("fa4", "sage"):
-        parts = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
-        made.append(_stack(f"float8-all+kernels+{backend}", *parts, group="speed-more"))
+        with_it = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
+        made.append(_stack(f"float8-all+kernels+{backend}", *with_it, group="speed-more"))
     made.append(_stack("lossless-all+attention8", *_ATTENTION8, group="speed-more"))
     for flag, cache in (("", ""), ("", "half"), ("", "schedule"), (CUDA_GRAPHS, "")):
         name = f"float8-all+attention8{f'+{flag}' if flag else ''}{f'-{cache}' if cache else ''}"
         made.append(_stack(name, "float8", *_ATTENTION8, flag=flag, cache=cache, group="speed-more"))
     for part in KERNELS:  # one part of the kernels alone, on everything else
-        for kind in ("lossless", "float8"):
+        for kind, before in _KINDS.items():
             if (kind, part) not in (("lossless", "quantize"), ("float8", "gelu")):
-                before = () if kind == "lossless" else (kind,)
                 parts = (*before, "fused", f"kernels-{part}", "modulation-gpu")
                 made.append(_stack(f"{kind}-all+{part}", *parts, flag=part, group="kernels"))
     for flag in REDUCTIONS:
