@@ -185,7 +185,10 @@ def test_attention_in_8_bits_is_measured_where_one_asks_for_it(monkeypatch: pyte
     monkeypatch.setattr("fluxfire.fused_kernels.ON_CPU", True)
     names = [name for name in variants.VARIANTS if "attention8" in name]
     assert sorted(names) == [
-        *(f"float8-all+attention8{more}" for more in ("", "+reduce-overhead", "-half", "-schedule")),
+        *(
+            f"float8-all+attention8{more}"
+            for more in ("", "+reduce-overhead", "+reduce-overhead-half", "-half", "-schedule")
+        ),
         "lossless-all+attention8",
     ]
     assert set(names) <= set(variants.GROUPS["speed-more"]) and not set(names) & set(variants.GROUPS["default"])

@@ -5,6 +5,7 @@ On a CPU the step runs in those operations of torch that the kernels are held ag
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import itertools
@@ -439,3 +440,20 @@ def test_where_it_cannot_be_applied_it_says_why(pipe: Any, monkeypatch: pytest.M
     assert "found the denoiser on a cpu, needed a CUDA GPU" in str(check_fused_kernels(pipe))
     plan = fluxfire.plan_pipeline(pipe, compile=False, cache_threshold=None, fused_kernels=True)
     assert [skip.name for skip in plan.skips] == ["fused_kernels"] and not plan.steps
+
+
+CPP_KEEPS = frozenset(
+    "and auto bool case char class const delete do double float goto int long new not or this try xor".split()
+)
+
+
+def test_no_parameter_of_a_kernel_is_a_word_of_cpp() -> None:
+    """inductor's cpp_wrapper makes a C++ function of each kernel in a graph, with its parameters' names."""
+    source = Path(fluxfire.__file__).with_name("triton_kernels.py").read_text()
+    found = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name[-7:] == "_kernel"
+    ]
+    assert [kernel.name for kernel in found] == ["_norm_kernel", "_quantize_kernel", "_rope_kernel"]
+    assert not CPP_KEEPS.intersection(arg.arg for kernel in found for arg in kernel.args.args)

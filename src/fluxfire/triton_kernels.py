@@ -80,7 +80,7 @@ def _layer_norm(x0, x1, x2, eps: tl.constexpr, K: tl.constexpr, N: tl.constexpr)
 
 @triton.jit
 def _norm_kernel(
-    text, x, out, gate, scale, shift, new, y, scales, T, L, gate_stride, scale_stride, shift_stride,
+    text, x, out, gate, scale, shift, summed, y, scales, T, L, gate_stride, scale_stride, shift_stride,
     eps: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     TEXT: tl.constexpr, RESIDUAL: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _norm_kernel(
         g0, g1, g2 = _row(gate + tl.multiple_of(sample * gate_stride, 16), K, N)
         o0, o1, o2 = _row(out + row * K, K, N)
         x0, x1, x2 = x0 + g0 * o0, x1 + g1 * o1, x2 + g2 * o2
-        _store(new + row * K, x0, x1, x2, K, N)
+        _store(summed + row * K, x0, x1, x2, K, N)
     x0, x1, x2 = _layer_norm(x0, x1, x2, eps, K, N)
     s0, s1, s2 = _row(scale + tl.multiple_of(sample * scale_stride, 16), K, N)
     h0, h1, h2 = _row(shift + tl.multiple_of(sample * shift_stride, 16), K, N)
@@ -119,19 +119,19 @@ def norm(
     batch, length, channels = x.shape
     before = 0 if text is None else text.shape[1]
     rows = batch * (before + length)
-    new = x.new_empty(0) if out is None else torch.empty_like(x)
+    summed = x.new_empty(0) if out is None else torch.empty_like(x)
     kind = torch.float8_e4m3fn if float8 else x.dtype
     y = torch.empty((batch, before + length, channels), dtype=kind, device=x.device)
     scales = torch.empty((rows if float8 else 0, 1), dtype=torch.float32, device=x.device)
     # What is absent is not read: anything may stand for it.
     wrap_triton(_norm_kernel)[(rows,)](
         x if text is None else text, x, x if out is None else out, scale if gate is None else gate, scale, shift,
-        new, y, scales, before, length,
+        summed, y, scales, before, length,
         scale.stride(0) if gate is None else gate.stride(0), scale.stride(0), shift.stride(0),
         eps=eps, K=channels, N=triton.next_power_of_2(triton.cdiv(channels, 3)),
         TEXT=text is not None, RESIDUAL=out is not None, FLOAT8=float8, num_warps=4,
     )  # fmt: skip
-    return new, y, scales
+    return summed, y, scales
 
 
 @triton.jit

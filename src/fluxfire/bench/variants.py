@@ -215,11 +215,11 @@ def _stacks() -> list[Variant]:
         made.append(
             _stack(f"{kind}-all+kernels+{CUDA_GRAPHS}", *before, *_KERNELS, flag=CUDA_GRAPHS, group="cuda-graphs")
         )
-    for backend in ("fa4", "sage"):
-        with_it = ("float8", "fused", f"attention-{backend}", "kernels", "modulation-gpu")
-        made.append(_stack(f"float8-all+kernels+{backend}", *with_it, group="speed-more"))
+    for kind, backend in (("lossless", "fa4"), ("float8", "fa4"), ("float8", "sage")):
+        with_it = (*_KINDS[kind], "fused", f"attention-{backend}", "kernels", "modulation-gpu")
+        made.append(_stack(f"{kind}-all+kernels+{backend}", *with_it, group="speed-more"))
     made.append(_stack("lossless-all+attention8", *_ATTENTION8, group="speed-more"))
-    for flag, cache in (("", ""), ("", "half"), ("", "schedule"), (CUDA_GRAPHS, "")):
+    for flag, cache in (("", ""), ("", "half"), ("", "schedule"), (CUDA_GRAPHS, ""), (CUDA_GRAPHS, "half")):
         name = f"float8-all+attention8{f'+{flag}' if flag else ''}{f'-{cache}' if cache else ''}"
         made.append(_stack(name, "float8", *_ATTENTION8, flag=flag, cache=cache, group="speed-more"))
     for part in KERNELS:  # one part of the kernels alone, on everything else
