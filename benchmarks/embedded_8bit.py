@@ -1,6 +1,6 @@
 """Attention and weights in 8 bits on the embedded model: how far pictures are from those of the same pipeline without.
 
-    python benchmarks/embedded_8bit.py --cases 12 --out benchmarks/results
+    python benchmarks/embedded_8bit.py --cases 40 --out benchmarks/results
 
 Committed prompts and seeds, 28 steps, float32, uncompiled. On a CPU torch's operations do what the kernels do to the
 same 8-bit numbers, but for sums, which are float32's here.
@@ -60,7 +60,7 @@ STACKS: dict[str, Callable[[Any], None]] = {
 def main() -> None:
     """Every stack on every job; one results file and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=12)
+    parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
