@@ -127,6 +127,8 @@ def is_ablation(row: results.Row) -> bool:
 def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
     """Rows that belong into one table: same GPU, workload, batch and steps. One row a variant: the newest.
 
+    `again` has the speed-up of each of its runs.
+
     A run without errors leaves those of an older row, which are of the same calls.
 
     Of limits the fastest, which all rows are compared with; eager rows of other processes only where there is none of a
@@ -145,7 +147,8 @@ def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
                 error = row["rel_error"]
                 if error is None:
                     error = rows.get(row["variant"], {}).get("rel_error")
-                rows[row["variant"]] = row | marks | {"encode_s": encoded, "rel_error": error}
+                again = [*rows.get(row["variant"], {}).get("again", ()), row["ratio_to_eager"]]
+                rows[row["variant"]] = row | marks | {"encode_s": encoded, "rel_error": error, "again": again}
     for rows in tables.values():
         for name, row in rows.items():
             if "limit" in rows and name != "limit" and row["ms_computed"]:
@@ -184,6 +187,10 @@ def section(name: tuple[Any, ...], rows: list[results.Row]) -> list[str]:
     parts.append(table(rows, SPEED))
     parts += [f"The limit: {row['what']}." for row in rows if row["variant"] == "limit" and row["what"]]
     parts.append(table([row for row in rows if row["variant"] != "limit"], BUSY))
+    again = {row["variant"]: row["again"] for row in rows if None not in row["again"] and row["variant"] != "eager"}
+    told = [f"`{name}` {', '.join(f'{x:.2f}' for x in ratios)}" for name, ratios in again.items() if len(ratios) > 1]
+    if told:
+        parts.append(f"Those that ran more than once, x eager in each run, the oldest first: {'; '.join(told)}.")
     if any(row["host"] for row in rows):
         parts.append("(host): the GPU waited for the host, whose speed varies on a shared machine; see *GPU %*.")
     if any(row["rel_error"] and row["guidance"] != GUIDANCE for row in rows):

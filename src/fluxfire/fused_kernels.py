@@ -41,7 +41,7 @@ from fluxfire.patches import applying
 from fluxfire.plan import Step
 from fluxfire.seal import Seal
 
-ON_CPU = False  # True: also where there is no GPU, by the functions of torch's operations; for tests
+ON_CPU = False  # True: also where there is no GPU, by the functions of torch's operations; for tests and to measure
 
 _LAYERS: Final = {  # of a kind of block: what must be a layer alone
     "FluxTransformerBlock": (
