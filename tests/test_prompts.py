@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -170,6 +172,26 @@ def test_threads_get_what_they_asked_for(pipe: Any) -> None:
             torch.testing.assert_close(made, plain[prompt])  # sums depend on the threads within torch
     remembered, encoded, _ = counts(pipe)
     assert remembered + encoded == len(asked)
+
+
+@pytest.mark.parametrize("entries", [0, 2])
+def test_one_thread_encodes_at_a_time(pipe: Any, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast tokenizers keep how they pad: threads at once got each other's lengths. Also where nothing is remembered."""
+    inner, inside, most = pipe.encode_prompt, [], []
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.01)
+        made = inner(*args, **kwargs)
+        inside.pop()
+        return made
+
+    monkeypatch.setattr(pipe, "encode_prompt", functools.wraps(inner)(encode_prompt))
+    fluxfire.apply_prompts(pipe, entries=entries)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda prompt: encode(pipe, prompt), [TEAPOT, APPLE, BOOK, TEAPOT] * 2))
+    assert len(most) >= 3 and set(most) == {1}
 
 
 @pytest.fixture

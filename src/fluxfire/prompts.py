@@ -33,6 +33,8 @@ from fluxfire.patches import applying
 from fluxfire.plan import Step
 
 ENCODERS: Final = ("stay", "cpu")
+# One at a time: a tokenizer keeps how it pads from call to call, so that threads would get each other's lengths.
+_ENCODING: Final = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ class Prompts:
         """What was made of these arguments before, as new tensors; else what is made now."""
         key = self._key(encode, args, kwargs)
         if key is None:
-            return encode(*args, **kwargs)
+            with _ENCODING:
+                return encode(*args, **kwargs)
         with self._lock:
             if (weights := self._version()) != self._weights:
                 self._kept.clear()
@@ -151,7 +154,8 @@ class Prompts:
                 self._kept.move_to_end(key)
                 self._remembered += 1
                 return _copied(found)
-        made = encode(*args, **kwargs)
+        with _ENCODING:
+            made = encode(*args, **kwargs)
         with self._lock:
             self._encoded += 1
             if isinstance(made, tuple) and weights == self._version():
