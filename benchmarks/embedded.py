@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import fluxfire
 from fluxfire import demo
-from fluxfire.bench import quality
+from fluxfire.bench import quality, results
 from fluxfire.demo import compare
 
 THRESHOLDS = (0.0, 0.05, 0.12, 0.25)
@@ -62,24 +62,35 @@ def measure(pipe: Any, kind: str, jobs: list[compare.Job], steps: int) -> list[d
     return rows
 
 
-def main() -> None:
-    """Runs both jobs and writes one results file and a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(what: str) -> argparse.Namespace:
+    """Of a script on the embedded model."""
+    parser = argparse.ArgumentParser(description=what.splitlines()[0])
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def write(script: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> Path:
+    """A results file of its own."""
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
+    command = f"python benchmarks/{script}.py --cases {options.cases}"
+    about = versions | {"command": command, "date": datetime.date.today().isoformat()}
+    path = results.new_path(options.out, script.replace("_", "-"), "cpu")
+    path.write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    """Runs both jobs and writes one results file and a table."""
+    options = arguments(__doc__)
     pipe = demo.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     fluxfire.apply_cache(pipe, 0)
     jobs = compare.example_jobs(options.cases)
     of_kind = {"t2i": [job for job in jobs if job.kind == "text"], "edit": [job for job in jobs if job.kind == "edit"]}
     rows = [row for kind in of_kind for row in measure(pipe, kind, of_kind[kind], options.steps)]
-    date = datetime.date.today().isoformat()
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
-    about = versions | {"command": f"python benchmarks/embedded.py --cases {options.cases}", "date": date}
-    path = options.out / f"embedded_cpu_{date}.json"
-    path.write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
+    path = write("embedded", rows, options)
     for row in rows:
         print(row)
     print(f"written: {path}")

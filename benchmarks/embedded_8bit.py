@@ -8,18 +8,11 @@ same 8-bit numbers, but for sums, which are float32's here.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
-import torch
-from embedded import make
+from embedded import arguments, make, write
 from tqdm import tqdm
 
 import fluxfire
@@ -59,11 +52,7 @@ STACKS: dict[str, Callable[[Any], None]] = {
 
 def main() -> None:
     """Every stack on every job; one results file and a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = arguments(__doc__)
     fused_kernels.ON_CPU = True
     pipe = demo.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -81,11 +70,7 @@ def main() -> None:
             of_kind = [value for job, value in zip(jobs, far, strict=True) if job.kind == kind]
             row = {"stack": name, "kind": kind, "pictures": len(of_kind), "steps": options.steps}
             rows.append(row | {"psnr_median": round(median(of_kind), 2), "psnr_min": round(min(of_kind), 2)})
-    date = datetime.date.today().isoformat()
-    about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
-    about |= {"command": f"python benchmarks/embedded_8bit.py --cases {options.cases}", "date": date}
-    file = options.out / f"embedded-8bit_cpu_{date}.json"
-    file.write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
+    write("embedded_8bit", rows, options)
     for row in rows:
         print(f"{row['stack']:20} {row['kind']:5} {row['psnr_median']:6.1f} dB ({row['psnr_min']:.1f})")
 

@@ -24,7 +24,7 @@ import torch
 from step import device
 from tqdm import tqdm
 
-from fluxfire.bench import timing, variants, workloads
+from fluxfire.bench import results, timing, variants, workloads
 from fluxfire.bench.workloads import WORKLOADS, Picture, Workload
 
 DEPTHS = {"double": (3, 1), "single": (1, 3)}  # beside (1, 1)
@@ -62,13 +62,13 @@ def run_ms(workload: Workload, name: str, depth: tuple[int, int], repeats: int) 
 
 def measure(workload: Workload, name: str, repeats: int) -> dict[str, Any]:
     """A row: ms of the host for each kind of block, and for FLUX.1's blocks."""
-    row: dict[str, Any] = {"variant": name, "loop_s": round(loop_s(), 4)}
+    row: dict[str, Any] = {"variant": name, "loop_s": loop_s()}
     base = run_ms(workload, name, (1, 1), repeats)
     for kind, depth in DEPTHS.items():
         more = run_ms(workload, name, depth, repeats)
         row[kind], row[f"{kind}_done"] = ((b - a) / 2 for a, b in zip(base, more, strict=True))
     row["step"] = sum(row[kind] * number for kind, number in BLOCKS.items())
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    return {key: results.plain(value) for key, value in row.items()}
 
 
 def main() -> None:
@@ -89,11 +89,11 @@ def main() -> None:
         print(f"{row['variant']:32} {double}, {single}, step {row['step']:.1f} ms; loop {row['loop_s']:.3f} s")
     if options.out:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        date = datetime.date.today().isoformat()
-        about = {"gpu": gpu, "torch": torch.__version__, "diffusers": diffusers.__version__, "date": date}
+        about = {"gpu": gpu, "torch": torch.__version__, "diffusers": diffusers.__version__}
         about["command"] = f"python benchmarks/host.py --variants {options.variants} --repeats {options.repeats}"
-        file = options.out / f"host_{gpu.replace(' ', '-')}_{date}.json"
-        file.write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
+        about["date"] = datetime.date.today().isoformat()
+        options.out.mkdir(parents=True, exist_ok=True)
+        results.new_path(options.out, "host", gpu).write_text(json.dumps({"run": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

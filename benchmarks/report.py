@@ -138,16 +138,13 @@ def groups(found: Group) -> dict[tuple[Any, ...], list[results.Row]]:
     for run, row in found:
         if row["workload"] in TITLES:
             rows = tables.setdefault((run["gpu"], row["workload"], row["batch"], row["steps"]), {})
-            slower = (
-                row["variant"] == "limit" and "limit" in rows and row["ms_computed"] >= rows["limit"]["ms_computed"]
-            )
-            if row["variant"] not in rows or not (slower or row["beside"]):
+            before = rows.get(row["variant"], {})
+            slower = row["variant"] == "limit" and before and row["ms_computed"] >= before["ms_computed"]
+            if not before or not (slower or row["beside"]):
                 marks = {"host": bound_by_host(row), "guidance": run.get("guidance", 3.5)}
                 encoded = row["encode_s"] if row["workload"].startswith("kontext") else None
-                error = row["rel_error"]
-                if error is None:
-                    error = rows.get(row["variant"], {}).get("rel_error")
-                again = [*rows.get(row["variant"], {}).get("again", ()), row["ratio_to_eager"]]
+                error = before.get("rel_error") if row["rel_error"] is None else row["rel_error"]
+                again = [*before.get("again", ()), row["ratio_to_eager"]]
                 rows[row["variant"]] = row | marks | {"encode_s": encoded, "rel_error": error, "again": again}
     for rows in tables.values():
         for name, row in rows.items():

@@ -183,12 +183,10 @@ def _heads(attention: Any) -> tuple[int, int]:
 def _missing(backend: str) -> str | None:
     """What is to be installed for this backend, or None."""
     if backend in IMPLEMENTATIONS:
-        fa4.register()
         name, module, how = IMPLEMENTATIONS[backend]
-        known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
         parts = itertools.accumulate(module.split("."), "{}.{}".format)
         found = next((part for part in parts if not _spec(part)), None)
-        if name not in known:
+        if name not in fa4.register():
             return f'found torch {torch.__version__}, needed torch >= 2.11 for "{backend}": use "auto"'
         return found and f'found no {module}, needed for "{backend}": {how}'
     if backend == "sage" and not _spec("sageattention"):

@@ -7,6 +7,7 @@ on there are more of them, so that each call would fail. What is asked for and w
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -25,10 +26,11 @@ def _flash_attn_bwd(*args: Any, **kwargs: Any) -> Any:
     return importlib.import_module(INTERFACE)._flash_attn_bwd(*args, **kwargs)
 
 
-def register() -> None:
-    """Tells torch of it, once, where torch has a place for FlashAttention-4."""
+def register() -> list[str]:
+    """Tells torch of it, once, where torch has a place for FlashAttention-4; the names that torch knows then."""
     attention: Any = torch.nn.attention
-    known: list[str] = getattr(attention, "list_flash_attention_impls", list)()
-    if "FA4" in known and NAME not in known:
+    known: Callable[[], list[str]] = getattr(attention, "list_flash_attention_impls", list)  # torch >= 2.11 has it
+    if "FA4" in known() and NAME not in known():
         shim = importlib.import_module("torch.nn.attention._fa4").register_flash_attention_fa4
         attention.register_flash_attention_impl(NAME, register_fn=partial(shim, __name__))
+    return known()

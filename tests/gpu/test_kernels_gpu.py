@@ -124,6 +124,11 @@ hopper = pytest.mark.skipif(
 )
 
 
+def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) / SIZE**0.5
+    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+
+
 @hopper
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 200), (2, 1001), (1, 1536), (2, 1536), (1, 4608)])
 @pytest.mark.parametrize("offset", [0, 4])
@@ -134,8 +139,7 @@ def test_attention_in_8_bits(batch: int, length: int, offset: int) -> None:
     k = k + offset * random(HEADS, SIZE)
     v = random(batch, length, 3 * DIM)[..., 2 * DIM :].unflatten(-1, (HEADS, SIZE))
     some = tuple(x[:, :, ::8].float() for x in (q, k, v))  # scores of all heads in float32 would take gigabytes
-    scores = torch.einsum("blhd,bmhd->bhlm", some[0], some[1]) / SIZE**0.5
-    exact = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), some[2])
+    exact = exact_attention(*some)
     for call in modes(lambda q, k, v: kernels.attention(q, k, v)):
         out = call(q, k, v)
         print(batch, length, offset, relative(out[:, :, ::8], exact))
@@ -148,8 +152,7 @@ def test_attention_in_8_bits(batch: int, length: int, offset: int) -> None:
 def exact_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The last sample's last 256 rows of every eighth head, in float32."""
     q, k, v = (x[-1:, :, ::8].float() for x in (q, k, v))
-    scores = torch.einsum("blhd,bmhd->bhlm", q[:, -256:], k) / SIZE**0.5
-    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+    return exact_attention(q[:, -256:], k, v)
 
 
 @hopper
@@ -245,18 +248,19 @@ def test_the_step_at_full_size(pipe: Any, baseline: torch.Tensor, quantized: boo
 def test_the_step_with_attention_in_8_bits(quantized: bool) -> None:
     pipe = shallow()
     baseline = run(pipe)
-    if quantized:
-        fluxfire.apply_quantization(pipe)
-    fluxfire.apply_fused_qkv(pipe)
-    fluxfire.apply_fused_kernels(pipe, parts=(*kernels.PARTS, "attention"))
+
+    def apply() -> None:
+        if quantized:
+            fluxfire.apply_quantization(pipe)
+        fluxfire.apply_fused_qkv(pipe)
+        fluxfire.apply_fused_kernels(pipe, parts=(*kernels.PARTS, "attention"))
+
+    apply()
     out = run(pipe)
     fluxfire.restore_pipeline(pipe)
     assert torch.equal(run(pipe), baseline)
     torch._dynamo.reset()
-    if quantized:
-        fluxfire.apply_quantization(pipe)
-    fluxfire.apply_fused_qkv(pipe)
-    fluxfire.apply_fused_kernels(pipe, parts=(*kernels.PARTS, "attention"))
+    apply()
     fluxfire.apply_compile(pipe, megacache=None)
     fluxfire.apply_modulation_table(pipe)
     compiled = run(pipe)
